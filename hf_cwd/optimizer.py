@@ -1,0 +1,245 @@
+"""The optimizer: parameter groups, state, the step and state dicts, for any rule."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from hf_cwd import kernels
+from hf_cwd.decay import DecayCount
+from hf_cwd.rules import COMMON, RULES, Rule
+from hf_cwd.sharding import exchange
+from hf_cwd.sharding.dtensor import is_dtensor
+from hf_cwd.state_dict import adopt
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments that every optimizer here takes, beside ``lr``, ``weight_decay`` and its rule's own.
+
+    Attributes:
+        cautious: False is plain decoupled weight decay, by the same code.
+        mask: ``"ge"`` (the paper's ``u*x >= 0``) or ``"gt"``.
+        maximize: ascend instead of descend.
+        kernel: ``"auto"`` or ``"eager"``.
+        routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
+        fused, foreach, capturable, differentiable: only False or None; ``kernel=`` chooses the implementation here.
+    """
+
+    cautious: bool
+    mask: str
+    maximize: bool
+    kernel: str
+    routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
+    fused: bool | None
+    foreach: bool | None
+    capturable: bool | None
+    differentiable: bool | None
+
+
+class CWDOptimizer(torch.optim.Optimizer):
+    """Any registered rule with cautious weight decay: ``x <- x - lr * (scale*u + weight_decay * 1[u*x >= 0] * x)``.
+
+    A group's ``algorithm`` key names its rule, so that several rules can share one optimizer. Groups are plain
+    torch.optim groups otherwise: every hyper-parameter is a key, read at each step, and schedulers may change it.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or group dicts; dicts are copied, not mutated.
+        lr: learning rate, a float or a one-element tensor (read once a step).
+        algorithm: rule of the groups that name none.
+        companions: for the groups of other rules, their hyper-parameters' defaults: ``{"adamw": {"eps": 1e-6}}``.
+        options: the rule's hyper-parameters and :class:`CommonOptions`.
+
+    Raises:
+        ValueError: a value out of range, or a parameter that the rule cannot take.
+        TypeError: an unknown keyword.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        algorithm: str,
+        companions: Mapping[str, Mapping[str, Any]] | None = None,
+        routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+        **options: Any,
+    ) -> None:
+        _refuse_torch_kernels(options)
+        self.companions = dict(companions or {})
+        self.decay_count: DecayCount | None = None
+        known = {**COMMON, **_rule(algorithm).hyperparameters}
+        for name in options.keys() - known.keys():
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(
+                f"{type(self).__name__} has no argument {name!r}.{hint} It takes {', '.join(sorted(known))}"
+            )
+        defaults = {name: kind.default for name, kind in known.items()} | {"algorithm": algorithm, "lr": lr} | options
+        # torch tests for an empty list itself, and gives an error of its own for a bare tensor.
+        if routing is not None:
+            params = list(params)
+            params = routing(params if isinstance(params[0], dict) else [{"params": params}])
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"companions": self.companions, "decay_count": None}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, with the defaults of its rule. Raises ValueError, and adds nothing, if it cannot be trained."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        own, algorithm = self.defaults["algorithm"], param_group.get("algorithm", self.defaults["algorithm"])
+        rule = _rule(algorithm)
+        group = dict(param_group)
+        if algorithm != own:
+            defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
+            group = defaults | dict(self.companions.get(algorithm, {})) | group
+        super().add_param_group(group)
+        # torch fills in all of self.defaults; this optimizer's own rule's mean nothing in a group of another rule.
+        for name in _rule(own).hyperparameters.keys() - rule.hyperparameters.keys() - param_group.keys():
+            del group[name]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        rule = _rule(group["algorithm"])
+        group.update(rule.checked_hyperparameters(group))
+        for position, p in enumerate(group["params"]):
+            name = _describe(group, position)
+            if torch.is_complex(p):
+                raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
+            if rule.matrix is not None and p.ndim != 2:
+                raise ValueError(
+                    f"{name} is not a matrix: {rule.name} takes 2-D parameters only. Give the others to a group with "
+                    f"'algorithm': {rule.companion!r}, or pass routing=hf_cwd.route(model) to have them sorted"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimizer step; parameters without a gradient are left alone, their step count too.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: a sparse, complex or meta gradient, or a DTensor; no parameter has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for position, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    _check_gradient(group, position)
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        rule = _rule(group["algorithm"])
+        keys = rule.state_keys(group)
+        hyper = {name: group[name] for name in rule.hyperparameters}
+        decaying = {name: group[name] for name in ("weight_decay", "cautious", "mask")}
+        decaying |= {"lr": float(group["lr"]), "count": self.decay_count}
+        params = [p for p in group["params"] if p.grad is not None]
+        advanced = [self._advance(p, keys) for p in params]
+
+        def arguments(i: int) -> dict[str, Any]:
+            return {"step": advanced[i][0], "maximize": group["maximize"], "hyper": hyper}
+
+        if rule.matrix is None:
+            for i, p in enumerate(params):
+                kernel = kernels.select(group["kernel"], p.device)
+                kernel.update(rule, p, p.grad, advanced[i][1], **arguments(i), **decaying)
+            return
+        for positions in exchange.rounds(params):
+            kernel = kernels.select(group["kernel"], params[positions[0]].device)
+            directions = [kernel.direction(rule, params[i].grad, advanced[i][1], **arguments(i)) for i in positions]
+            directions = exchange.on_whole_matrices(lambda u: rule.matrix(u, **hyper), directions)
+            for i, direction in zip(positions, directions, strict=True):
+                kernel.apply(params[i], direction, scale=rule.scale(params[i].shape, **hyper), **decaying)
+
+    def _advance(self, p: Tensor, keys: tuple[str, ...]) -> tuple[int, list[Tensor]]:
+        """This step's number and the buffers of a parameter.
+
+        They are made at its first gradient: FSDP2 swaps the parameters after the optimizer was constructed.
+        """
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)  # a float32 tensor on the CPU, as in torch.optim
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["step"] += 1
+        return int(state["step"]), [state[key] for key in keys]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this optimizer, or of the torch.optim one whose rule it follows.
+
+        The saved hyper-parameters win, as in torch; keys that the saved groups lack (``cautious``, ``mask``) keep their
+        present values.
+
+        Raises:
+            ValueError: another rule's state, a state that is not complete, or an option that is not supported here
+                (``amsgrad``); nothing has changed then.
+        """
+        super().load_state_dict(adopt(state_dict, self.param_groups))
+
+
+def _rule(name: str) -> Rule:
+    if name not in RULES:
+        raise ValueError(f"algorithm={name!r} is not a registered rule: use one of {', '.join(RULES)}")
+    return RULES[name]
+
+
+def _refuse_torch_kernels(options: dict[str, Any]) -> None:
+    """Takes torch.optim's choice of implementation out of ``options``; False and None ask for nothing."""
+    instead = {
+        "fused": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
+        "foreach": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
+        "capturable": "a tensor lr is read once a step, so that step() cannot be captured in a CUDA graph",
+        "differentiable": "step() runs without gradients",
+    }
+    for name, reason in instead.items():
+        if options.pop(name, None):
+            raise ValueError(f"{name}=True is not supported: {reason}. Leave {name} out")
+
+
+def _describe(group: Mapping[str, Any], position: int) -> str:
+    """A parameter in words, with its name where the optimizer was given names."""
+    name = f" {group['param_names'][position]!r}" if "param_names" in group else ""
+    return f"parameter{name} of shape {tuple(group['params'][position].shape)}"
+
+
+def _check_gradient(group: Mapping[str, Any], position: int) -> None:
+    p = group["params"][position]
+    name = _describe(group, position)
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a "
+            "gradient are decayed too. Use sparse=False in nn.Embedding"
+        )
+    if p.grad.is_complex():
+        raise RuntimeError(f"{name} has a complex gradient: a sign is defined for real numbers only")
+    if p.grad.is_meta:
+        raise RuntimeError(f"{name} has a gradient on the meta device, which holds no numbers: materialise the model")
+    if is_dtensor(p):
+        raise RuntimeError(
+            f"{name} is a DTensor: FSDP2 and tensor parallelism are not supported yet. Train with DDP or unsharded"
+        )
+    rule = _rule(group["algorithm"])
+    if rule.matrix is not None and p.ndim != 2:
+        raise RuntimeError(
+            f"{name} was a matrix when the optimizer was made and has been flattened since (DeepSpeed ZeRO, FSDP1): "
+            f"{rule.name} needs whole matrices, which is not supported there yet. Train with DDP, or use an "
+            "element-wise rule such as cwd_adamw"
+        )

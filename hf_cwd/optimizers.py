@@ -1,0 +1,151 @@
+"""The named optimizers: :class:`hf_cwd.optimizer.CWDOptimizer` with the arguments and defaults of one rule."""
+
+from collections.abc import Iterable
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from hf_cwd.optimizer import CommonOptions, CWDOptimizer
+
+
+class CWDAdamW(CWDOptimizer):
+    """AdamW with cautious weight decay (arXiv 2510.12402, Algorithm 6).
+
+    The recursion is that of :func:`hf_cwd.rules.adamw.direction`; arguments and defaults are torch.optim.AdamW's, and
+    state dicts are interchangeable with it. States: ``step``, ``exp_avg``, ``exp_avg_sq``.
+
+    Example:
+        >>> import torch
+        >>> from hf_cwd import CWDAdamW
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = CWDAdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(params, lr, algorithm="adamw", betas=betas, eps=eps, weight_decay=weight_decay, **options)
+
+
+class CWDLion(CWDOptimizer):
+    """Lion with cautious weight decay (arXiv 2510.12402, Algorithm 4).
+
+    The recursion is that of :func:`hf_cwd.rules.lion.direction`. Lion's updates have the size of the learning rate
+    itself: use a learning rate 3 to 10 times smaller, and a weight decay as much larger, than AdamW's. States:
+    ``step``, ``exp_avg``.
+
+    Example:
+        >>> import torch
+        >>> from hf_cwd import CWDLion
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        >>> x.grad = torch.ones(2)
+        >>> CWDLion([x], lr=0.1, weight_decay=0.5).step()
+        >>> x.tolist()  # the first is pushed towards zero and decayed, the second pushed away and left alone
+        [0.8500000238418579, -1.100000023841858]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 1e-1,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(params, lr, algorithm="lion", betas=betas, weight_decay=weight_decay, **options)
+
+
+class CWDMuon(CWDOptimizer):
+    """Muon with cautious weight decay for matrices (arXiv 2510.12402, Algorithm 5), CWD-AdamW for the rest.
+
+    The recursion is that of :mod:`hf_cwd.rules.muon`; argument names are torch.optim.Muon's, whose state dicts load
+    here. Only 2-D parameters may be in a Muon group; ``routing=hf_cwd.route(model)`` gives embeddings, heads and
+    vectors to groups with ``algorithm="adamw"``. States: ``step``, ``exp_avg``; those of AdamW in its groups.
+
+    Args:
+        ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is
+            bfloat16, and float64 for float64 parameters.
+        adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`.
+        adamw_lr: learning rate of the AdamW groups; None is ``lr``.
+
+    Example:
+        >>> import torch
+        >>> from hf_cwd import CWDMuon, route
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+        >>> optimizer = CWDMuon(model.parameters(), lr=1e-3, routing=route(model))
+        >>> [(group["algorithm"], len(group["params"])) for group in optimizer.param_groups]
+        [('muon', 1), ('adamw', 4)]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Any = "quintic",
+        ns_steps: int = 5,
+        ns_dtype: str = "auto",
+        eps: float = 1e-7,
+        adjust_lr_fn: str = "match_rms_adamw",
+        weight_decay: float = 1e-1,
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        companion = {"betas": adamw_betas, "eps": adamw_eps} | ({} if adamw_lr is None else {"lr": adamw_lr})
+        super().__init__(
+            params, lr, algorithm="muon", companions={"adamw": companion}, momentum=momentum, nesterov=nesterov,
+            ns_coefficients=ns_coefficients, ns_steps=ns_steps, ns_dtype=ns_dtype, eps=eps,
+            adjust_lr_fn=adjust_lr_fn, weight_decay=weight_decay, **options,
+        )  # fmt: skip
+
+
+class CWDSGD(CWDOptimizer):
+    """SGD with momentum and cautious weight decay (arXiv 2510.12402, Algorithm 2 with ``ema=True``).
+
+    The recursion is that of :func:`hf_cwd.rules.sgd.direction`, torch.optim.SGD's by default. The decay is decoupled,
+    unlike torch.optim.SGD's, which adds ``weight_decay * x`` to the gradient. States: ``step``, and ``exp_avg`` where
+    ``momentum`` is not 0.
+
+    Args:
+        ema: True is the paper's momentum, ``m <- momentum m + (1 - momentum) g``.
+
+    Example:
+        >>> import torch
+        >>> from hf_cwd import CWDSGD
+        >>> x = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
+        >>> x.grad = torch.ones(2)
+        >>> CWDSGD([x], lr=0.5, weight_decay=0.5).step()
+        >>> x.tolist()
+        [1.0, -2.5]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        ema: bool = False,
+        weight_decay: float = 1e-2,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(
+            params, lr, algorithm="sgd", momentum=momentum, dampening=dampening, nesterov=nesterov, ema=ema,
+            weight_decay=weight_decay, **options,
+        )  # fmt: skip

@@ -1,0 +1,60 @@
+"""What a rule is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hf_cwd.decay import MASKS
+from hf_cwd.rules.hyperparameters import Choice, Flag, Hyperparameter, Real, checked
+
+# What every parameter group has, whatever its rule. The defaults of lr and weight_decay are the optimizer class's.
+COMMON: dict[str, Hyperparameter] = {
+    "lr": Real(1e-3, tensor=True),
+    "weight_decay": Real(1e-2),
+    "cautious": Flag(True),
+    "mask": Choice("ge", MASKS),
+    "maximize": Flag(False),
+    "kernel": Choice("auto", ("auto", "eager")),
+}
+
+
+def _nothing(group: Mapping[str, Any]) -> None:
+    del group
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A direction, and what it remembers between steps. It knows no learning rate, decay, rank, kernel or Trainer.
+
+    Attributes:
+        name: value of a group's ``algorithm`` key; the Trainer's name is ``cwd_<name>``.
+        direction: ``(grad, *buffers, step, **hyperparameters) -> u``. Element-wise: it runs on any slice of any shard.
+            Mutates only its buffers; ``step`` counts from 1.
+        state_keys: names of the buffers for given hyper-parameters, in the order ``direction`` takes them. Each has the
+            shape and dtype of the parameter and starts at zero.
+        hyperparameters: declared hyper-parameters by name; all are passed to ``direction`` by keyword.
+        matrix: ``(u, **hyperparameters) -> u`` on a whole matrix, run between ``direction`` and the mask.
+        scale: ``(full_shape, **hyperparameters) -> float``, a positive factor on the direction, not on the decay.
+        validate: raises ValueError for combinations of hyper-parameters that do not go together.
+        aliases: other optimizers' names of our state keys, accepted by ``load_state_dict``.
+        companion: rule for the parameters that this one cannot take (Muon's vectors and embeddings).
+    """
+
+    name: str
+    direction: Callable[..., Tensor]
+    state_keys: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    hyperparameters: Mapping[str, Hyperparameter]
+    matrix: Callable[..., Tensor] | None = None
+    scale: Callable[..., float] | None = None
+    validate: Callable[[Mapping[str, Any]], None] = _nothing
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    companion: str | None = None
+
+    def checked_hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group's hyper-parameters in the form they are used in; ValueError names the first that is not valid."""
+        kinds = {**COMMON, **self.hyperparameters}
+        values = {name: checked(self.name, name, kind, group[name]) for name, kind in kinds.items()}
+        self.validate(values)
+        return values

@@ -1,0 +1,75 @@
+"""Muon (kellerjordan.github.io/posts/muon); Algorithm 5 of arXiv 2510.12402 with its decay left to decay.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cwd.orthogonalize import newton_schulz
+from hf_cwd.rules.base import Rule
+from hf_cwd.rules.hyperparameters import Choice, Coefficients, Flag, Integer, Real
+
+NS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def direction(grad: Tensor, exp_avg: Tensor, *, step: int, momentum: float, nesterov: bool, **_: Any) -> Tensor:
+    """The momentum that is to be orthogonalised, as torch.optim.Muon keeps it::
+
+        M <- mu M + (1 - mu) G
+        u  = mu M + (1 - mu) G  if nesterov else M
+
+    The paper writes ``M <- mu M + G``: the factor ``1 - mu`` drops out in the orthogonalisation.
+
+    Args:
+        grad: G, any slice of it.
+        exp_avg: M, same shape, mutated.
+        step: unused.
+
+    Returns:
+        u; without nesterov it is ``exp_avg`` itself.
+    """
+    exp_avg.lerp_(grad, 1 - momentum)
+    return grad.lerp(exp_avg, momentum) if nesterov else exp_avg
+
+
+def orthogonalize(u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, eps: float, **_: Any) -> Tensor:
+    """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in ``ns_dtype``."""
+    if ns_dtype == "auto":
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.bfloat16
+    else:
+        dtype = NS_DTYPES[ns_dtype]
+    return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=dtype)
+
+
+def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
+    """The factor on the orthogonal direction of a ``(..., rows, columns)`` parameter.
+
+    ``match_rms_adamw``: ``0.2 * sqrt(max(rows, columns))`` (arXiv 2502.16982), an update of AdamW's size, so that one
+    learning rate and one weight decay serve both; ``original``: ``sqrt(max(1, rows / columns))``; ``none``: 1, the
+    paper's Algorithm 5.
+    """
+    rows, columns = full_shape[-2:]
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * max(rows, columns) ** 0.5
+    return max(1.0, rows / columns) ** 0.5 if adjust_lr_fn == "original" else 1.0
+
+
+RULE = Rule(
+    name="muon",
+    direction=direction,
+    state_keys=lambda group: ("exp_avg",),
+    hyperparameters={
+        "momentum": Real(0.95, high=1.0),
+        "nesterov": Flag(True),
+        "ns_steps": Integer(5, 1, 99),
+        "ns_coefficients": Coefficients("quintic"),
+        "ns_dtype": Choice("auto", ("auto", *NS_DTYPES)),
+        "eps": Real(1e-7),
+        "adjust_lr_fn": Choice("match_rms_adamw", ("match_rms_adamw", "original", "none")),
+    },
+    matrix=orthogonalize,
+    scale=scale,
+    aliases={"momentum_buffer": "exp_avg"},
+    companion="adamw",
+)

@@ -1,0 +1,1 @@
+"""Where the parts of a parameter live, and how whole matrices are put together."""

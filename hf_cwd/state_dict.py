@@ -1,0 +1,61 @@
+"""Reading a state dict that may come from torch.optim: names are translated, what is missing or foreign is refused."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_cwd.rules import RULES, Rule
+
+# Keys of torch.optim's groups that choose an implementation there; ours is the kernel= option.
+IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad")
+
+
+def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state dict as one of an optimizer with ``param_groups``; nothing is mutated.
+
+    Saved hyper-parameters win over present ones, keys that the saved groups lack keep their present value. A state key
+    with another name in torch.optim (``momentum_buffer``) gets ours, a missing ``step`` becomes 1.
+
+    Raises:
+        ValueError: the state belongs to another rule, is incomplete, or was made by an option not supported here.
+    """
+    saved_groups = state_dict["param_groups"]
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
+        return dict(state_dict)  # torch.optim.Optimizer.load_state_dict refuses it, in its own words
+    groups, states = [], dict(state_dict["state"])
+    for saved, own in zip(saved_groups, param_groups, strict=True):
+        algorithm = own["algorithm"]
+        if saved.get("algorithm", algorithm) != algorithm:
+            raise ValueError(
+                f"the saved state is of rule {saved['algorithm']!r}, the optimizer's is {algorithm!r}: "
+                "continue with the optimizer that saved it"
+            )
+        if saved.get("amsgrad"):
+            raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
+        kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS}
+        group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept
+        if "adjust_lr_fn" in group and group["adjust_lr_fn"] is None:
+            group["adjust_lr_fn"] = "original"  # what None means in torch.optim.Muon
+        rule = RULES[algorithm]
+        groups.append(group | rule.checked_hyperparameters(group))
+        for index in saved["params"]:
+            if index in states:
+                states[index] = _adopt_state(states[index], rule, rule.state_keys(group), index)
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], index: int) -> dict[str, Any]:
+    state = {rule.aliases.get(key, key): value for key, value in saved.items() if value is not None}
+    if not state:
+        return {}  # torch.optim.SGD without momentum
+    found = ", ".join(state) or "nothing"
+    step = state.pop("step", 1.0)
+    if set(state) != set(keys):
+        raise ValueError(
+            f"the saved state of parameter {index} holds {found}, but rule {rule.name!r} keeps "
+            f"{', '.join(('step', *keys))}: it was saved by another optimizer. Continue with that one, or start afresh"
+        )
+    # torch's fused AdamW keeps the step on the parameter's device, old checkpoints keep a plain number.
+    state["step"] = torch.as_tensor(step, dtype=torch.float32).cpu()
+    return state

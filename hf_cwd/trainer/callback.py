@@ -1,0 +1,45 @@
+"""What the decay did, beside the loss: a callback for any Trainer."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.optimizer import CWDOptimizer
+
+
+class DecayedFractionCallback(TrainerCallback):
+    """Adds ``cwd/decayed_fraction`` to ``trainer.state.log_history``.
+
+    That is the paper's mask ratio: decayed elements over the elements of the groups with a weight decay, on the one
+    optimizer step before a log, counted in the pass that updates the weights. Other steps count nothing. Does nothing
+    when the optimizer is not one of this package.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: CWDOptimizer | None = None
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+            optimizer = optimizer.optimizer
+        # The Trainer decides about logging after the step: say beforehand what it will decide.
+        step = state.global_step + 1
+        will_log = step % state.logging_steps == 0 or (args.logging_first_step and step == 1)
+        if will_log and isinstance(optimizer, CWDOptimizer):
+            optimizer.decay_count = DecayCount()
+            self._optimizer = optimizer
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._optimizer is None or "loss" not in state.log_history[-1]:
+            return
+        fraction = self._optimizer.decay_count.fraction
+        self._optimizer.decay_count = self._optimizer = None
+        if fraction is not None:
+            state.log_history[-1]["cwd/decayed_fraction"] = fraction

@@ -1,0 +1,157 @@
+"""Makes ``cwd_<rule>`` values of ``--optim``: real members of transformers' OptimizerNames, with handlers.
+
+transformers has no public call for this, so three things are added to it, once it is imported by whoever wants it:
+members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, and a
+check of ``optim_args`` when TrainingArguments are built, before any model is loaded.
+"""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from hf_cwd.rules import RULES
+
+PREFIX = "cwd_"
+MINIMUM_TRANSFORMERS = "5.2"
+
+_lock = threading.RLock()
+
+
+def names() -> list[str]:
+    """The values of ``--optim`` that this package adds."""
+    return [PREFIX + rule for rule in RULES]
+
+
+def register() -> None:
+    """Registers the names now if transformers is imported, else as soon as it is. Any number of calls do the same."""
+    with _lock:
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+    for module in _ACTIONS:
+        if module in sys.modules:
+            # Waits for another thread that is in the middle of importing it.
+            _ACTIONS[module](importlib.import_module(module))
+
+
+def unregister() -> None:
+    """Undoes :func:`register` completely."""
+    with _lock:
+        if _finder in sys.meta_path:
+            sys.meta_path.remove(_finder)
+        arguments = sys.modules.get("transformers.training_args")
+        if arguments is not None:
+            optimizers = sys.modules.get("transformers.trainer_optimizer")
+            handlers = getattr(optimizers, "_OPTIMIZER_HANDLERS", {})
+            for name in names():
+                handlers.pop(arguments.OptimizerNames._value2member_map_.get(name), None)
+                _remove_member(arguments.OptimizerNames, name)
+            checked = arguments.TrainingArguments.__post_init__
+            if hasattr(checked, "_hf_cwd_original"):
+                arguments.TrainingArguments.__post_init__ = checked._hf_cwd_original
+
+
+def member(name: str) -> Any:
+    """The OptimizerNames member of a name; what a pickled member calls in a process that never imported hf_cwd."""
+    register()
+    return importlib.import_module("transformers.training_args").OptimizerNames(name)
+
+
+def _on_training_args(module: ModuleType) -> None:
+    with _lock:
+        for name in names():
+            _add_member(module.OptimizerNames, name)
+        original = module.TrainingArguments.__post_init__
+        if hasattr(original, "_hf_cwd_original"):
+            return
+
+        @functools.wraps(original)
+        def __post_init__(self: Any) -> None:  # noqa: N807
+            from hf_cwd.trainer.options import check_training_arguments
+
+            check_training_arguments(self)
+            original(self)
+
+        __post_init__._hf_cwd_original = original
+        module.TrainingArguments.__post_init__ = __post_init__
+
+
+def _on_trainer_optimizer(module: ModuleType) -> None:
+    from hf_cwd.trainer.options import handler
+
+    # Before 5.2 there is no such table; check_training_arguments says so to whoever asks for one of our names.
+    for name in names():
+        getattr(module, "_OPTIMIZER_HANDLERS", {})[module.OptimizerNames(name)] = handler
+
+
+_ACTIONS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.training_args": _on_training_args,
+    "transformers.trainer_optimizer": _on_trainer_optimizer,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a module of ``_ACTIONS``, and runs its action right after it was executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        action = _ACTIONS.get(fullname)
+        if action is None:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        # A loader belongs to one spec. Shadowing one method of it leaves its type, and so get_source() and
+        # importlib.resources, as they were.
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del spec.loader.exec_module
+            execute(module)
+            action(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+_finder = _Finder()
+
+
+def _add_member(enum: Any, value: str) -> None:
+    """Adds a member to a ``str`` enum, as if it stood in the class (Python 3.11 to 3.13)."""
+    if value in enum._value2member_map_:
+        return
+    new = str.__new__(enum, value)
+    new._name_ = value.upper()
+    new._value_ = value
+    new.__objclass__ = enum
+    new._sort_order_ = len(enum._member_names_)
+    # Enum pickles by value, and a process without our names has no such value: load through member() instead.
+    new.__reduce_ex__ = lambda protocol: (member, (value,))
+    # EnumType refuses to set or delete an attribute that is a member; type does not ask.
+    type.__setattr__(enum, new._name_, new)
+    enum._member_map_[new._name_] = new
+    enum._value2member_map_[value] = new
+    enum._member_names_.append(new._name_)
+    if hasattr(enum, "_hashable_values_"):  # Python 3.13
+        enum._hashable_values_.append(value)
+
+
+def _remove_member(enum: Any, value: str) -> None:
+    old = enum._value2member_map_.pop(value, None)
+    if old is None:
+        return
+    type.__delattr__(enum, old._name_)
+    del enum._member_map_[old._name_]
+    enum._member_names_.remove(old._name_)
+    if hasattr(enum, "_hashable_values_"):
+        enum._hashable_values_.remove(value)

@@ -1,0 +1,208 @@
+"""From TrainingArguments to an optimizer: ``--optim_args`` by declared type, and the Trainer's handler."""
+
+import dataclasses
+import difflib
+import functools
+import logging
+import sys
+from typing import Any, NamedTuple
+
+from hf_cwd import optimizers
+from hf_cwd.optimizer import CWDOptimizer
+from hf_cwd.rules import COMMON, RULES
+from hf_cwd.rules.hyperparameters import Hyperparameter, Real, checked
+from hf_cwd.trainer.names import MINIMUM_TRANSFORMERS, PREFIX, names
+from hf_cwd.trainer.routing import route
+
+CLASSES = {
+    "adamw": optimizers.CWDAdamW,
+    "lion": optimizers.CWDLion,
+    "muon": optimizers.CWDMuon,
+    "sgd": optimizers.CWDSGD,
+}
+# TrainingArguments' own flags for these; giving them a second name would only let the two disagree.
+FLAGS = {"lr": "--learning_rate", "learning_rate": "--learning_rate", "weight_decay": "--weight_decay"}
+ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+class Option(NamedTuple):
+    """What a key of ``--optim_args`` sets: an argument of the optimizer, and the type of its value."""
+
+    argument: str
+    kind: Hyperparameter
+
+
+@functools.cache
+def options(rule_name: str) -> dict[str, Option]:
+    """The keys of ``--optim_args`` for ``cwd_<rule_name>``.
+
+    A rule with a companion (Muon's AdamW) takes the companion's hyper-parameters with its name as prefix, and without
+    it where the rule has none of that name: ``adamw_betas`` and ``betas``, but ``adamw_eps`` only.
+    """
+    rule = RULES[rule_name]
+    known = {name: Option(name, kind) for name, kind in rule.hyperparameters.items()}
+    known |= {name: Option(name, COMMON[name]) for name in ("cautious", "mask", "kernel")}
+    if rule.companion is not None:
+        for name, kind in {"lr": Real(COMMON["lr"].default), **RULES[rule.companion].hyperparameters}.items():
+            argument = f"{rule.companion}_{name}"
+            known[argument] = Option(argument, kind)
+            if name != "lr":
+                known.setdefault(name, known[argument])
+    return known
+
+
+def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
+    """The optimizer's keyword arguments in an ``--optim_args`` string, ``"nesterov=false,betas=0.9:0.95"``.
+
+    Raises:
+        ValueError: anything that is not ``key=value`` with a known key, once, and a valid value; the message says what
+            is valid and suggests the nearest name.
+    """
+    known = options(name.removeprefix(PREFIX))
+    values: dict[str, Any] = {}
+    for part in (text or "").replace(" ", "").split(",") if text else ():
+        key, equals, value = part.partition("=")
+        if not key or not equals or not value or "=" in value:
+            raise ValueError(
+                f"--optim_args {text!r}: {part!r} is not key=value. Write key=value,key=value with the keys "
+                f"{_keys(known)}"
+            )
+        if key in FLAGS:
+            raise ValueError(f"--optim_args: {key} is set by {FLAGS[key]}, not here")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--optim_args: {name} has no option {key!r}.{hint} Its options are {_keys(known)}")
+        argument, kind = known[key]
+        if argument in values:
+            raise ValueError(f"--optim_args {text!r}: {argument} is given twice")
+        values[argument] = checked("--optim_args", key, kind, value, text=True)
+    return values
+
+
+def optimizer_arguments(args: Any) -> dict[str, Any]:
+    """All keyword arguments of the optimizer that TrainingArguments ask for, as numbers.
+
+    ``learning_rate`` and ``weight_decay`` are taken as they are. ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon``
+    apply to AdamW, also beside Muon; ``--optim_args`` may set the same instead.
+
+    Raises:
+        ValueError: see :func:`parse_optim_args`; also an ``--adam_*`` flag that the optimizer has no use for, or that
+            contradicts ``--optim_args``, and ``--optim_target_modules``.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    rule = RULES[name.removeprefix(PREFIX)]
+    given = parse_optim_args(name, args.optim_args)
+    if args.optim_target_modules is not None:
+        raise ValueError(f"--optim_target_modules has no effect on {name}: leave it out")
+    adamw = rule.name if rule.name == "adamw" else rule.companion
+    changed = _changed_adam_flags(args)
+    if adamw != "adamw":
+        if changed:
+            use = " Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
+            raise ValueError(f"{' and '.join(changed)} given, but {name} has no Adam in it.{use}: leave the flag out")
+        return {"lr": args.learning_rate, "weight_decay": args.weight_decay} | given
+    prefix = "" if rule.name == "adamw" else "adamw_"
+    flags = {f"{prefix}betas": (args.adam_beta1, args.adam_beta2), f"{prefix}eps": args.adam_epsilon}
+    for argument, sources in {f"{prefix}betas": ADAM_FLAGS[:2], f"{prefix}eps": ADAM_FLAGS[2:]}.items():
+        both = [f"--{flag}" for flag in sources if f"--{flag}" in changed]
+        if argument in given and both and given[argument] != flags[argument]:
+            raise ValueError(
+                f"{argument}={given[argument]} in --optim_args contradicts {' and '.join(both)} ({flags[argument]}): "
+                "give one of them"
+            )
+        checked(name, argument, RULES["adamw"].hyperparameters[argument.removeprefix("adamw_")], flags[argument])
+    return {"lr": args.learning_rate, "weight_decay": args.weight_decay} | flags | given
+
+
+def check_training_arguments(args: Any) -> None:
+    """Called when TrainingArguments are built: what would fail at the optimizer fails before a model is loaded.
+
+    Raises:
+        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist.
+        ImportError: a transformers that is too old for our names.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if not name.startswith(PREFIX):
+        return
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--optim {name} does not exist.{hint} hf_cwd has {', '.join(names())}")
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
+        raise ImportError(
+            f"--optim {name} needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
+            f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
+        )
+    arguments = optimizer_arguments(args)
+    rule = RULES[name.removeprefix(PREFIX)]
+    rule.validate({key: kind.default for key, kind in rule.hyperparameters.items()} | arguments)
+
+
+def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
+    """The Trainer's handler of our names: an optimizer class and its keyword arguments.
+
+    It returns a class, not one of transformers' factories, so that the parameter groups come from the Trainer, with its
+    own decay set, also where a subclass overrides it; ``routing`` then splits them by rule.
+    """
+    name = str(ctx.args.optim.value)
+    rule = RULES[name.removeprefix(PREFIX)]
+    arguments = optimizer_arguments(ctx.args)
+    described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())
+    if rule.companion is not None:
+        if ctx.model is None:
+            raise ValueError(f"{name} sorts the parameters of a model, and the Trainer gave none")
+        arguments["routing"] = route(ctx.model, matrices=rule.name, others=rule.companion)
+        described += f" | {arguments['routing'].summary()}"
+    if ctx.args.should_log:
+        _announce(described)
+        if arguments["weight_decay"] == 0 and arguments.get("cautious", True):
+            _warn_once(
+                f"--weight_decay is 0 (the Trainer's default): {name} then decays nothing. Try --weight_decay 0.1"
+            )
+    if rule.name in CLASSES:
+        return CLASSES[rule.name], arguments
+    return CWDOptimizer, {"algorithm": rule.name} | arguments
+
+
+def _effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every value the optimizer will run with, defaults included, for the start-up line."""
+    defaults = {option.argument: option.kind.default for option in options(rule_name).values()}
+    values = arguments | {key: value for key, value in defaults.items() if key not in arguments}
+    if values.get("adamw_lr") is not None and "adamw_lr" not in arguments:
+        values["adamw_lr"] = arguments["lr"]
+    return values
+
+
+def _changed_adam_flags(args: Any) -> list[str]:
+    """The ``--adam_*`` flags that differ from the default; one given with its default value cannot be told apart."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    return [f"--{flag}" for flag in ADAM_FLAGS if getattr(args, flag) != defaults[flag]]
+
+
+def _keys(known: dict[str, Option]) -> str:
+    return ", ".join(sorted(known))
+
+
+def _logger() -> logging.Logger:
+    """The package's logger; it speaks on standard error when the program set no logging up."""
+    logger = logging.getLogger("hf_cwd")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        stream = logging.StreamHandler(sys.stderr)
+        stream.setFormatter(logging.Formatter("[hf_cwd] %(message)s"))
+        logger.addHandler(stream)
+    return logger
+
+
+def _announce(message: str) -> None:
+    _logger().info(message)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger().warning(message)
