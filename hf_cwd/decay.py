@@ -8,7 +8,6 @@ the package decides what is decayed.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 MASKS = ("ge", "gt")
