@@ -15,17 +15,9 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from hf_cwd.rules import RULES
-
-PREFIX = "cwd_"
-MINIMUM_TRANSFORMERS = "5.2"
+from hf_cwd.trainer.options import check_training_arguments, handler, names
 
 _lock = threading.RLock()
-
-
-def names() -> list[str]:
-    """The values of ``--optim`` that this package adds."""
-    return [PREFIX + rule for rule in RULES]
 
 
 def register() -> None:
@@ -72,8 +64,6 @@ def _on_training_args(module: ModuleType) -> None:
 
         @functools.wraps(original)
         def __post_init__(self: Any) -> None:  # noqa: N807
-            from hf_cwd.trainer.options import check_training_arguments
-
             check_training_arguments(self)
             original(self)
 
@@ -82,8 +72,6 @@ def _on_training_args(module: ModuleType) -> None:
 
 
 def _on_trainer_optimizer(module: ModuleType) -> None:
-    from hf_cwd.trainer.options import handler
-
     # Before 5.2 there is no such table; check_training_arguments says so to whoever asks for one of our names.
     for name in names():
         getattr(module, "_OPTIMIZER_HANDLERS", {})[module.OptimizerNames(name)] = handler

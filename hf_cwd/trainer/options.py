@@ -11,9 +11,10 @@ from hf_cwd import optimizers
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import COMMON, RULES
 from hf_cwd.rules.hyperparameters import Hyperparameter, Real, checked
-from hf_cwd.trainer.names import MINIMUM_TRANSFORMERS, PREFIX, names
 from hf_cwd.trainer.routing import route
 
+PREFIX = "cwd_"
+MINIMUM_TRANSFORMERS = "5.2"
 CLASSES = {
     "adamw": optimizers.CWDAdamW,
     "lion": optimizers.CWDLion,
@@ -23,6 +24,11 @@ CLASSES = {
 # TrainingArguments' own flags for these; giving them a second name would only let the two disagree.
 FLAGS = {"lr": "--learning_rate", "learning_rate": "--learning_rate", "weight_decay": "--weight_decay"}
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def names() -> list[str]:
+    """The values of ``--optim`` that this package adds, one for each rule."""
+    return [PREFIX + rule for rule in RULES]
 
 
 class Option(NamedTuple):
@@ -102,7 +108,7 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
             use = " Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
             raise ValueError(f"{' and '.join(changed)} given, but {name} has no Adam in it.{use}: leave the flag out")
         return {"lr": args.learning_rate, "weight_decay": args.weight_decay} | given
-    prefix = "" if rule.name == "adamw" else "adamw_"
+    prefix, known = "" if rule.name == "adamw" else "adamw_", options(rule.name)
     flags = {f"{prefix}betas": (args.adam_beta1, args.adam_beta2), f"{prefix}eps": args.adam_epsilon}
     for argument, sources in {f"{prefix}betas": ADAM_FLAGS[:2], f"{prefix}eps": ADAM_FLAGS[2:]}.items():
         both = [f"--{flag}" for flag in sources if f"--{flag}" in changed]
@@ -111,7 +117,7 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
                 f"{argument}={given[argument]} in --optim_args contradicts {' and '.join(both)} ({flags[argument]}): "
                 "give one of them"
             )
-        checked(name, argument, RULES["adamw"].hyperparameters[argument.removeprefix("adamw_")], flags[argument])
+        checked(name, argument, known[argument].kind, flags[argument])
     return {"lr": args.learning_rate, "weight_decay": args.weight_decay} | flags | given
 
 
@@ -139,7 +145,8 @@ def check_training_arguments(args: Any) -> None:
         )
     arguments = optimizer_arguments(args)
     rule = RULES[name.removeprefix(PREFIX)]
-    rule.validate({key: kind.default for key, kind in rule.hyperparameters.items()} | arguments)
+    kinds = {**COMMON, **rule.hyperparameters}
+    rule.checked_hyperparameters({key: kind.default for key, kind in kinds.items()} | arguments)
 
 
 def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
@@ -165,15 +172,19 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
             )
     if rule.name in CLASSES:
         return CLASSES[rule.name], arguments
+    if rule.companion is not None:
+        prefix = f"{rule.companion}_"
+        own = {key.removeprefix(prefix): arguments.pop(key) for key in list(arguments) if key.startswith(prefix)}
+        arguments["companions"] = {rule.companion: own}
     return CWDOptimizer, {"algorithm": rule.name} | arguments
 
 
 def _effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Every value the optimizer will run with, defaults included, for the start-up line."""
-    defaults = {option.argument: option.kind.default for option in options(rule_name).values()}
-    values = arguments | {key: value for key, value in defaults.items() if key not in arguments}
-    if values.get("adamw_lr") is not None and "adamw_lr" not in arguments:
-        values["adamw_lr"] = arguments["lr"]
+    values = {key: arguments[key] for key in ("lr", "weight_decay")}
+    for option in options(rule_name).values():
+        default = arguments["lr"] if option.argument.endswith("_lr") else option.kind.default
+        values[option.argument] = arguments.get(option.argument, default)
     return values
 
 

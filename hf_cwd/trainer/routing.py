@@ -56,7 +56,6 @@ class Routing:
                         f"parameter {name or ''} of shape {tuple(p.shape)} is not one of {self._model_name}'s: "
                         "route the model whose parameters the optimizer gets"
                     )
-                # A parameter frozen when the model was routed and trained now is sorted by nobody: refuse below.
                 algorithm = self._by_parameter[p].algorithm
                 if algorithm is None:
                     if p.requires_grad:
