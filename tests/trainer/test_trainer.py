@@ -1,0 +1,149 @@
+"""The real Trainer, unmodified, with every name."""
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_cwd import CWDOptimizer
+from hf_cwd.trainer import options
+from hf_cwd.trainer.callback import DecayedFractionCallback
+
+from .conftest import tiny_data, tiny_llama
+
+
+def train(args, model=None, resume=None, rows=64, **options):
+    trainer = Trainer(model=model or tiny_llama(), args=args, train_dataset=tiny_data(rows), **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def by_hand(args, model):
+    """The Trainer's loop written out, with the optimizer built from the Trainer's two groups."""
+    helper = Trainer(model=model, args=args, train_dataset=tiny_data())
+    optimizer = helper.create_optimizer()
+    scheduler = helper.create_scheduler(args.max_steps)
+    for batch in list(helper.get_train_dataloader())[: args.max_steps]:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_every_name_trains_as_a_loop_by_hand_does(arguments, algorithm):
+    args = arguments(optim=f"cwd_{algorithm}", seed=7)
+    trainer = train(args)
+    expected = by_hand(args, tiny_llama())
+    start = tiny_llama()
+    assert isinstance(trainer.optimizer.optimizer, CWDOptimizer)
+    for (name, p), q, x in zip(
+        trainer.model.named_parameters(), expected.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(p, q, msg=name)
+        assert not torch.equal(p, x), name
+
+
+def test_decay_is_cautious_under_the_trainer(arguments, algorithm):
+    """The same run with cautious=false, and with no decay, ends elsewhere."""
+    weights = []
+    for change in ({}, {"optim_args": "cautious=false"}, {"weight_decay": 0.0}):
+        trainer = train(arguments(optim=f"cwd_{algorithm}", learning_rate=0.1, **change))
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    cautious, plain, none = weights
+    assert not torch.equal(cautious, plain)
+    assert not torch.equal(cautious, none)
+
+
+def test_cautious_false_is_torch_s_adamw(arguments):
+    ours = train(arguments(optim="cwd_adamw", optim_args="cautious=false"))
+    theirs = train(arguments(optim="adamw_torch"))
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_resuming_gives_the_weights_of_the_uninterrupted_run(arguments, algorithm, tmp_path):
+    args = arguments(optim=f"cwd_{algorithm}", max_steps=6, save_strategy="steps", save_steps=3)
+    whole = train(args)
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(Path(args.output_dir) / "checkpoint-3", checkpoint)
+    saved_args = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert saved_args.optim == f"cwd_{algorithm}"
+    resumed = train(copy.deepcopy(saved_args), model=tiny_llama(seed=99), resume=str(checkpoint))
+    assert resumed.state.global_step == 6
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    states = [t.optimizer.optimizer.state_dict()["state"] for t in (whole, resumed)]
+    for index, state in states[0].items():
+        assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
+
+
+def test_the_logged_learning_rate_is_muon_s(arguments):
+    args = arguments(optim="cwd_muon", optim_args="adamw_lr=1e-5", lr_scheduler_type="constant", logging_steps=1)
+    logs = [log["learning_rate"] for log in train(args).state.log_history if "learning_rate" in log]
+    assert logs == [1e-2] * 4
+
+
+def test_the_decayed_fraction_is_logged_at_logging_steps_only(arguments, algorithm):
+    args = arguments(optim=f"cwd_{algorithm}", logging_first_step=True, max_steps=5)
+    trainer = train(args, callbacks=[DecayedFractionCallback()])
+    logged = {log["step"]: log.get("cwd/decayed_fraction") for log in trainer.state.log_history if "loss" in log}
+    assert logged.keys() == {1, 2, 4}
+    assert all(0.3 < fraction < 0.7 for fraction in logged.values()), logged
+    assert trainer.optimizer.optimizer.decay_count is None
+    plain = train(
+        arguments(optim=f"cwd_{algorithm}", optim_args="cautious=false"), callbacks=[DecayedFractionCallback()]
+    )
+    assert plain.state.log_history[0]["cwd/decayed_fraction"] == 1.0
+    other = train(arguments(optim="adamw_torch"), callbacks=[DecayedFractionCallback()])
+    assert "cwd/decayed_fraction" not in other.state.log_history[0]
+
+
+def test_one_start_up_line_says_what_runs(arguments, caplog):
+    caplog.set_level(logging.INFO, "hf_cwd")
+    Trainer(model=tiny_llama(), args=arguments(optim="cwd_muon", optim_args="nesterov=false")).create_optimizer()
+    (record,) = [record for record in caplog.records if record.name == "hf_cwd"]
+    for words in (
+        "cwd_muon",
+        "lr=0.01",
+        "weight_decay=0.1",
+        "nesterov=False",
+        "adamw_lr=0.01",
+        "mask=ge",
+        "14 tensors",
+    ):
+        assert words in record.message
+
+
+def test_no_weight_decay_warns_once(arguments, caplog):
+    options._warn_once.cache_clear()
+    for _ in range(2):
+        Trainer(model=tiny_llama(), args=arguments(optim="cwd_lion", weight_decay=0.0)).create_optimizer()
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([message for message in warnings if "cwd_lion then decays nothing" in message]) == 1
+    options._warn_once.cache_clear()
+    Trainer(
+        model=tiny_llama(), args=arguments(optim="cwd_lion", weight_decay=0.0, optim_args="cautious=false")
+    ).create_optimizer()
+    assert len(caplog.records) == len([r for r in caplog.records if "cautious=False" in r.message]) + 3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_mixed_precision_accumulation_and_checkpointing(arguments, bf16):
+    args = arguments(
+        optim="cwd_muon",
+        bf16=bf16,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,  # the name that every transformers 5 knows
+        max_steps=5,
+        logging_steps=1,
+    )
+    trainer = train(args, rows=8)  # every step sees the same 8 rows
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
