@@ -1,0 +1,70 @@
+"""The house rules that a machine can check, and every example in the documentation."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_cwd
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_cwd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = ["hf_cwd", *sorted(m.name for m in pkgutil.walk_packages(hf_cwd.__path__, "hf_cwd."))]
+
+# Who may import whom: a part imports only parts that stand before it, or its own.
+ORDER = ["decay", "orthogonalize", "rules", "kernels", "sharding", "state_dict", "optimizer", "optimizers", "trainer"]
+OUTSIDE = {"transformers", "accelerate", "datasets", "evaluate"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part in ("__init__", "__main__"):
+        return
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        if package == "hf_cwd" and rest.split(".")[0] in ORDER:
+            assert ORDER.index(rest.split(".")[0]) <= ORDER.index(part), name
+        assert package not in OUTSIDE or part == "trainer", name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_small(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= (30 if path.name == "__init__.py" else 300)
+    if path.parent.name == "rules" and path.name not in ("base.py", "hyperparameters.py"):
+        assert lines < 100
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", hf_cwd.__all__)
+def test_public_names_are_documented(name):
+    assert getattr(hf_cwd, name).__doc__
+
+
+def test_the_readme_s_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
