@@ -14,7 +14,10 @@ from torch import Tensor
 from hf_cwd import decay
 from hf_cwd.rules.base import Rule
 
-BLOCK = 1 << 16  # elements; a few fp32 blocks fit in a core's L2 cache
+# Elements in a block. On a CPU a few fp32 blocks fit in a core's L2 cache; elsewhere a launch must be worth its cost, and
+# temporaries of 64 MiB are small beside a model.
+BLOCK = 1 << 16
+DEVICE_BLOCK = 1 << 24
 
 
 def update(
@@ -70,7 +73,8 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if not all(t.is_contiguous() for t in tensors):
         yield tensors  # rare (channels_last, transposed): one block, whose temporaries are as large as the tensor
         return
-    yield from zip(*(t.view(-1).split(BLOCK) for t in tensors), strict=True)
+    size = BLOCK if tensors[0].device.type == "cpu" else DEVICE_BLOCK
+    yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
