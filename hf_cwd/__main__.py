@@ -29,7 +29,7 @@ def main() -> None:
     sys.argv = arguments
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.abspath(script))  # `python -m` had put the working directory there
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_path(os.path.abspath(script), run_name="__main__")
 
 
 if __name__ == "__main__":

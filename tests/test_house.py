@@ -8,8 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_cwd
+from hf_cwd.rules import RULES
+from hf_cwd.trainer import names
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_cwd"
@@ -66,5 +69,17 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    rules = dict(RULES)
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        (name,) = RULES.keys() - rules.keys()
+        x = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        x.grad = torch.ones(2)
+        hf_cwd.CWDOptimizer([x], 0.5, algorithm=name, weight_decay=0.5).step()
+        assert x.tolist() == [0.25, -1.5], "the rule of the README decays cautiously"
+    finally:
+        names.unregister()
+        for name in RULES.keys() - rules.keys():
+            del RULES[name]
+        names.register()

@@ -69,7 +69,8 @@ def test_wrong_use(arguments, message, monkeypatch, tmp_path):
 def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
     """Every rule under DDP on gloo, in fp64 so that the order of a sum cannot flip a sign."""
     script = HERE / "scripts" / "ddp.py"
-    launch("-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path / "two", cwd=tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    launch(*torchrun, "-m", "hf_cwd", script, tmp_path / "two", cwd=tmp_path)
     launch(script, tmp_path / "one", cwd=tmp_path)
     (one,) = [torch.load(path) for path in tmp_path.glob("one-*")]
     ranks = [torch.load(path) for path in sorted(tmp_path.glob("two-*"))]

@@ -7,7 +7,6 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-import hf_cwd  # noqa: F401
 from hf_cwd.rules import RULES
 
 GLOBAL_BATCH = 4
