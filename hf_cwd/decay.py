@@ -26,7 +26,7 @@ class DecayCount:
 
     def add(self, decayed: Tensor | None, numel: int) -> None:
         """Counts a block of ``numel`` elements; ``decayed`` is its mask, None where all of them were decayed."""
-        self.decayed = self.decayed + (numel if decayed is None else decayed.sum())
+        self.decayed = self.decayed + (numel if decayed is None else decayed.count_nonzero())
         self.total += numel
 
     @property

@@ -50,7 +50,8 @@ def newton_schulz(
     if matrix.ndim < 2:
         raise ValueError(f"newton_schulz needs a matrix or a batch of matrices, got shape {tuple(matrix.shape)}")
     table = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else coefficients
-    X = matrix.reshape(-1, *matrix.shape[-2:]).to(dtype)
+    X = matrix.to(dtype)
+    X = X.unsqueeze(0) if X.ndim == 2 else X.flatten(0, -3)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
