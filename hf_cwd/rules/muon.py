@@ -52,7 +52,7 @@ def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
     rows, columns = full_shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * max(rows, columns) ** 0.5
-    return max(1.0, rows / columns) ** 0.5 if adjust_lr_fn == "original" else 1.0
+    return max(1.0, rows / max(1, columns)) ** 0.5 if adjust_lr_fn == "original" else 1.0
 
 
 RULE = Rule(
