@@ -113,6 +113,8 @@ class CWDOptimizer(torch.optim.Optimizer):
             name = _describe(group, position)
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
+            if is_dtensor(p):
+                raise ValueError(_DTENSOR.format(name))
             if rule.matrix is not None and p.ndim != 2:
                 raise ValueError(
                     f"{name} is not a matrix: {rule.name} takes 2-D parameters only. Give the others to a group with "
@@ -195,6 +197,9 @@ class CWDOptimizer(torch.optim.Optimizer):
         super().load_state_dict(adopt(state_dict, self.param_groups))
 
 
+_DTENSOR = "{} is a DTensor: FSDP2 and tensor parallelism are not supported yet. Train with DDP or unsharded"
+
+
 def _rule(name: str) -> Rule:
     if name not in RULES:
         raise ValueError(f"algorithm={name!r} is not a registered rule: use one of {', '.join(RULES)}")
@@ -233,9 +238,7 @@ def _check_gradient(group: Mapping[str, Any], position: int) -> None:
     if p.grad.is_meta:
         raise RuntimeError(f"{name} has a gradient on the meta device, which holds no numbers: materialise the model")
     if is_dtensor(p):
-        raise RuntimeError(
-            f"{name} is a DTensor: FSDP2 and tensor parallelism are not supported yet. Train with DDP or unsharded"
-        )
+        raise RuntimeError(_DTENSOR.format(name))  # FSDP2 swaps the parameters after construction
     rule = _rule(group["algorithm"])
     if rule.matrix is not None and p.ndim != 2:
         raise RuntimeError(

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def check_training_arguments(args: Any) -> None:
     """Called when TrainingArguments are built: what would fail at the optimizer fails before a model is loaded.
 
     Raises:
-        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist.
+        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist, and sharded training.
         ImportError: a transformers that is too old for our names.
     """
     name = str(getattr(args.optim, "value", args.optim))
@@ -142,6 +143,14 @@ def check_training_arguments(args: Any) -> None:
         raise ImportError(
             f"--optim {name} needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
             f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
+        )
+    for flag, variable in {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}.items():
+        # Accelerate would put another optimizer in our place (DeepSpeed's offload), or shards behind our back.
+        if getattr(args, flag) or os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ValueError(f"--optim {name} does not support --{flag} yet: train with DDP, by torchrun without it")
+    if args.parallelism_config is not None:
+        raise ValueError(
+            f"--optim {name} does not support parallelism_config yet: train with DDP, by torchrun without it"
         )
     arguments = optimizer_arguments(args)
     rule = RULES[name.removeprefix(PREFIX)]

@@ -133,6 +133,18 @@ def test_contradictions_and_what_cannot_be_honoured(arguments):
         arguments(optim="cwd_sgd", optim_args="nesterov=true")
 
 
+def test_sharded_training_is_refused_until_it_is_supported(arguments, monkeypatch):
+    for flag in ("deepspeed", "fsdp"):
+        with pytest.raises(ValueError, match=f"cwd_lion does not support --{flag} yet: train with DDP"):
+            arguments(optim="cwd_lion", **{flag: "full_shard" if flag == "fsdp" else "zero3.json"})
+        monkeypatch.setenv(f"ACCELERATE_USE_{flag.upper()}", "true")
+        with pytest.raises(ValueError, match=f"does not support --{flag} yet"):
+            arguments(optim="cwd_adamw")
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match="does not support parallelism_config yet"):
+        arguments(optim="cwd_adamw", parallelism_config=object())
+
+
 def test_cautious_false_and_mask_reach_every_group(arguments, algorithm):
     groups = built(arguments(optim=f"cwd_{algorithm}", optim_args="cautious=false,mask=gt"))
     assert {(group["cautious"], group["mask"]) for group in groups} == {(False, "gt")}
