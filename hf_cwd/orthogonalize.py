@@ -38,7 +38,7 @@ def newton_schulz(
         dtype: dtype of the iteration.
 
     Returns:
-        A new tensor of the shape of ``matrix``, in ``dtype``.
+        A new contiguous tensor of the shape of ``matrix``, in ``dtype``.
 
     Example:
         >>> import torch
@@ -61,4 +61,5 @@ def newton_schulz(
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
-    return (X.mT if tall else X).reshape(matrix.shape)
+    # Contiguous, so that the kernels can walk over it in blocks.
+    return (X.mT.contiguous() if tall else X).reshape(matrix.shape)
