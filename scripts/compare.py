@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Train a small language model twice, with and without Cautious Weight Decay, and compare the two runs.
+
+Both runs start from the same weights and see the same batches with the same learning rate and weight decay. What this
+script does not know goes to `pretrain.py`, so every flag of TrainingArguments works.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import compare_report
+import pretrain
+from lm_args import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = ROOT / "scripts/corpus/sotu.jsonl.xz"
+VOCABULARY = 4096
+
+# What a decay does in a run is about learning rate * weight decay * steps: a run of minutes needs a large one for the
+# difference to be seen. Lion's updates are signs: it wants a smaller learning rate and, for the same product, a larger
+# weight decay. Muon's updates are scaled to the size of AdamW's, whose values therefore carry over; its Newton-Schulz
+# iteration is faster in float32 than in bfloat16 on a CPU.
+RECIPES = {
+    "cwd_adamw": {"learning_rate": 3e-3, "weight_decay": 1.0, "flags": ["--adam_beta2", "0.95"]},
+    "cwd_lion": {"learning_rate": 5e-4, "weight_decay": 6.0, "flags": []},
+    "cwd_muon": {
+        "learning_rate": 3e-3,
+        "weight_decay": 1.0,
+        "flags": ["--adam_beta2", "0.95"],
+        "optim_args": "ns_dtype=float32",
+    },
+    "cwd_sgd": {"learning_rate": 0.3, "weight_decay": 0.01, "flags": [], "optim_args": "momentum=0.9"},
+}
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--optim", default="cwd_adamw", choices=RECIPES)
+    parser.add_argument("--optim_args", help="options of the optimizer, for both runs")
+    parser.add_argument("--steps", type=int, default=360, help="optimizer steps a run (%(default)s)")
+    parser.add_argument(
+        "--model", default=str(ROOT / "configs/models/llama-1m.json"), help="config: file, dir or Hub id"
+    )
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--learning_rate", type=float, help="by default the optimizer's own recipe")
+    parser.add_argument("--weight_decay", type=float, help="by default the optimizer's own recipe")
+    parser.add_argument("--output_dir", help="runs/quickstart-OPTIM by default")
+    args, rest = parser.parse_known_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: give at least 1")
+    recipe = RECIPES[args.optim]
+    args.optim_args = recipe.get("optim_args", "") if args.optim_args is None else args.optim_args
+    if "cautious" in (part.split("=")[0].strip() for part in args.optim_args.split(",")):
+        parser.error(
+            "--optim_args cautious=...: the comparison itself turns it off in the baseline and on in the other"
+        )
+    args.learning_rate = recipe["learning_rate"] if args.learning_rate is None else args.learning_rate
+    args.weight_decay = recipe["weight_decay"] if args.weight_decay is None else args.weight_decay
+    if args.weight_decay <= 0:
+        parser.error(f"--weight_decay {args.weight_decay}: give more than 0, or there is nothing to be cautious about")
+    args.output_dir = Path(args.output_dir or ROOT / f"runs/quickstart-{args.optim}")
+    return args, rest
+
+
+def optimizers(optim: str, optim_args: str) -> dict[str, tuple[str, list[str]]]:
+    """Label and flags of either run's optimizer: torch's AdamW against CWD's, else the same one with plain decay.
+
+    With --optim_args the baseline of cwd_adamw is cwd_adamw too, since torch's AdamW would ignore them.
+    """
+    own = ["--optim_args", optim_args] if optim_args else []
+    cwd = optim, ["--optim", optim, *own]
+    if optim == "cwd_adamw" and not optim_args:
+        return {"baseline": ("adamw_torch", ["--optim", "adamw_torch"]), "cwd": cwd}
+    plain = ",".join(filter(None, [optim_args, "cautious=false"]))
+    return {"baseline": (f"{optim}, plain decay", ["--optim", optim, "--optim_args", plain]), "cwd": cwd}
+
+
+def common_flags(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """What both runs share; the caller's own flags come last and win."""
+    given = {flag.split("=")[0] for flag in rest}
+    flags = {
+        "--config_name": args.model,
+        "--seed": args.seed,
+        "--max_steps": args.steps,
+        "--learning_rate": args.learning_rate,
+        "--weight_decay": args.weight_decay,
+        "--lr_scheduler_type": "cosine",
+        "--warmup_steps": max(1, args.steps // 20),
+        "--per_device_train_batch_size": 8,
+        "--per_device_eval_batch_size": 16,
+        "--logging_steps": max(1, args.steps // 50),
+        "--eval_strategy": "steps",
+        "--eval_steps": args.steps // 4 + 1,  # three times on the way; the fourth evaluation is pretrain.py's last
+        "--max_eval_samples": 256,
+        "--save_strategy": "no",
+        "--report_to": "none",
+        "--dataloader_pin_memory": "false",
+    }
+    if not given & {"--train_file", "--dataset_name"}:
+        flags["--train_file"] = CORPUS
+    own = [str(part) for item in flags.items() if item[0] not in given for part in item]
+    return [*own, *RECIPES[args.optim]["flags"], *rest]
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Both runs and their report; the summary that is written as JSON."""
+    args, rest = parse(argv)
+    started = time.perf_counter()
+    common = common_flags(args, rest)
+    # Trained by the first run and used by both: one tokenizer, and one cache of tokenised documents.
+    tokenizer = {
+        "baseline": ["--train_tokenizer_vocab_size", str(VOCABULARY)],
+        "cwd": ["--tokenizer_name", str(args.output_dir / "baseline/tokenizer")],
+    }
+    if any(flag.split("=")[0] in ("--tokenizer_name", "--train_tokenizer_vocab_size") for flag in rest):
+        tokenizer = {"baseline": [], "cwd": []}
+    runs = {}
+    for number, (name, (label, own)) in enumerate(optimizers(args.optim, args.optim_args).items(), 1):
+        print(f"\n[{number}/2] {label}: {' '.join(own)}, {args.steps} steps", flush=True)
+        output_dir = args.output_dir / name
+        flags = [*common, *tokenizer[name], *own]
+        metrics = pretrain.main([*flags, "--output_dir", str(output_dir)])
+        history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        plain = name == "baseline"
+        runs[name] = {"label": label, "flags": flags, "metrics": metrics, "history": history, "plain": plain}
+    return compare_report.write(runs, args.output_dir, seconds=time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")

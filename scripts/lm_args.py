@@ -1,0 +1,112 @@
+"""The arguments of `pretrain.py`: run_clm.py's names where they exist, and every flag of TrainingArguments."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class UsageError(ValueError):
+    """A mistake of the caller's; the message names the value and the fix."""
+
+
+def _flag(help_text: str, default=None, **metadata):
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer."""
+
+    model_name_or_path: str | None = _flag("Go on from these weights: a directory or Hub id.")
+    config_name: str | None = _flag("Start from scratch: a JSON file, a directory or a Hub id.")
+    config_overrides: str | None = _flag("Changes to --config_name, e.g. hidden_size=64,num_hidden_layers=2.")
+    tokenizer_name: str | None = _flag("A directory or Hub id; the model's own by default.")
+    train_tokenizer_vocab_size: int | None = _flag("Train a byte-level BPE of this size on the training documents.")
+    dtype: str = _flag(
+        "Type of the weights; mixed precision (--bf16) wants float32 here.",
+        "float32",
+        choices=["auto", "bfloat16", "float16", "float32"],
+    )
+    cache_dir: str | None = _flag("Where downloads and tokenised data are kept.")
+    model_revision: str = _flag("Branch, tag or commit of the model.", "main")
+    token: str | None = _flag("Hub token; by default the one of `hf auth login`.")
+    trust_remote_code: bool = _flag("Run code that comes with the model.", False)
+
+
+@dataclass
+class DataArguments:
+    """Which documents, and how they become blocks."""
+
+    dataset_name: str | None = _flag("A Hub id or a local directory.")
+    dataset_config_name: str | None = _flag("The configuration of --dataset_name.")
+    train_file: str | None = _flag("A txt, json(l), csv or parquet file; .xz, .gz, .bz2 and .zst are read as they are.")
+    validation_file: str | None = _flag("Held-out documents; by default whole training documents are held out.")
+    text_column: str = _flag("The column that holds the text.", "text")
+    sample_by: str = _flag("What one document is in a txt file.", "line", choices=["line", "paragraph", "document"])
+    block_size: int | None = _flag("Tokens in a block; by default the model's positions, at most 1024.")
+    validation_split_percentage: int = _flag("Share of the documents to hold out.", 5)
+    max_train_samples: int | None = _flag("Use only the first so many training blocks.")
+    max_eval_samples: int | None = _flag("Use only the first so many held-out blocks.")
+    preprocessing_num_workers: int | None = _flag("Processes that tokenise.")
+    overwrite_cache: bool = _flag("Tokenise again even where a cached result exists.", False)
+
+
+def parse(argv: Sequence[str] | None, description: str) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=description)
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = _flags_of_file(argv[0])
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise UsageError(f"unknown arguments: {' '.join(unknown)}; see --help")
+    if (model.config_name is None) == (model.model_name_or_path is None):
+        raise UsageError("give exactly one of --config_name (from scratch) and --model_name_or_path (its weights)")
+    if model.config_overrides and model.config_name is None:
+        raise UsageError("--config_overrides changes a --config_name; the shape of --model_name_or_path is fixed")
+    if model.tokenizer_name and model.train_tokenizer_vocab_size:
+        raise UsageError("give only one of --tokenizer_name and --train_tokenizer_vocab_size")
+    if (data.dataset_name is None) == (data.train_file is None):
+        raise UsageError("no data, or two: give exactly one of --dataset_name and --train_file")
+    return model, data, training
+
+
+def _flags_of_file(path: str) -> list[str]:
+    """A file of arguments as flags, so that its values are read and checked as those of the command line."""
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file of arguments")
+    text = Path(path).read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected a mapping of argument names to values")
+    # As written, for YAML's types are not ours: `save_strategy: no` would be False, `learning_rate: 1e-3` a string.
+    written = yaml.load(text, Loader=yaml.BaseLoader)
+    flags = []
+    for (key, plain), value in zip(written.items(), values.values(), strict=True):
+        if isinstance(value, dict):
+            flags += [f"--{key}", json.dumps(value)]
+        elif value is not None:
+            flags += [f"--{key}", *(plain if isinstance(value, list) else [plain])]
+    return flags
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "none", ""):
+        return None
+    found = wanted
+    if str(wanted).lower() == "true":
+        found = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if found is None:
+            raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {args.output_dir}")
+    if not (Path(found) / "trainer_state.json").is_file():
+        raise UsageError(f"--resume_from_checkpoint {wanted}: {found} is no checkpoint of the Trainer")
+    return found

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Pretrain a causal language model, or go on pretraining one, with the Hugging Face Trainer and any `--optim`.
+
+From scratch, with a tokenizer trained on the documents:
+
+    python scripts/pretrain.py --config_name configs/models/llama-1m.json --train_tokenizer_vocab_size 4096 \\
+        --train_file scripts/corpus/sotu.jsonl.xz --output_dir runs/llama-1m \\
+        --optim cwd_adamw --learning_rate 3e-3 --weight_decay 0.1 --max_steps 400
+
+It always trains, then evaluates on the held-out documents and saves the model. Field names are those of transformers'
+`run_clm.py`; every flag of TrainingArguments works; one positional .json or .yaml file may stand for all flags.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import evaluate
+import torch
+import transformers
+from lm_args import UsageError, find_checkpoint, parse
+from lm_data import load_documents, pack
+from lm_model import check_sizes, load_config, load_model, load_tokenizer
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import enable_full_determinism, set_seed
+
+import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
+from hf_cwd.trainer.callback import DecayedFractionCallback
+
+METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Blocks are full: no padding and no mask; the model shifts the labels itself."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def token_accuracy(training: TrainingArguments):
+    """`compute_metrics` for argmax predictions: position t predicts token t + 1."""
+    with training.main_process_first(desc="load the metric"):
+        # Every rank has all predictions and computes alone; in memory there is no file that two ranks could lock.
+        metric = evaluate.load(str(METRIC), keep_in_memory=True, experiment_id=f"rank-{training.process_index}")
+
+    def compute(output) -> dict[str, float]:
+        predictions, labels = output.predictions[:, :-1].reshape(-1), output.label_ids[:, 1:].reshape(-1)
+        return metric.compute(predictions=predictions, references=labels)
+
+    return compute
+
+
+def trained_tokens(trainer: Trainer, first_step: int, block_size: int) -> int:
+    """Tokens of the steps after `first_step`, over all ranks; an epoch's last batch may be a short one."""
+    batch, rows = trainer.get_total_train_batch_size(trainer.args), len(trainer.train_dataset)
+    micro = batch // trainer.args.gradient_accumulation_steps
+    micro_steps = rows // micro if trainer.args.dataloader_drop_last else math.ceil(rows / micro)
+    steps, rows = math.ceil(micro_steps / trainer.args.gradient_accumulation_steps), min(micro_steps * micro, rows)
+
+    def seen(step: int) -> int:
+        return step // steps * rows + min(step % steps * batch, rows)
+
+    return (seen(trainer.state.global_step) - seen(first_step)) * block_size
+
+
+def set_up_logging(training: TrainingArguments) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    level = training.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    if training.disable_tqdm or not training.should_log:
+        datasets.disable_progress_bars()
+
+
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> dict:
+    """Train, evaluate and save; the metrics. UsageError, a ValueError, is raised for what the caller can mend."""
+    model_args, data_args, training = parse(argv, __doc__.splitlines()[0])
+    set_up_logging(training)
+    checkpoint = find_checkpoint(training)
+    first_step = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json").global_step if checkpoint else 0
+    config = load_config(model_args)
+    with training.main_process_first(desc="load the documents"):
+        documents = load_documents(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
+    tokenizer = load_tokenizer(model_args, training, documents[0], data_args.text_column)
+    block_size = check_sizes(config, tokenizer, data_args.block_size)
+    with training.main_process_first(desc="tokenise"):
+        train, validation = (
+            pack(part, tokenizer, data_args, block_size=block_size, part=name)
+            for part, name in zip(documents, ("training", "held-out"), strict=True)
+        )
+    if data_args.max_train_samples is not None:
+        train = train.select(range(min(len(train), data_args.max_train_samples)))
+    if data_args.max_eval_samples is not None:
+        validation = validation.select(range(min(len(validation), data_args.max_eval_samples)))
+
+    # Before the model: the Trainer seeds again, which is too late for the initial weights.
+    (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
+    model = load_model(model_args, config)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: under ZeRO-3
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collate,
+        compute_metrics=token_accuracy(training),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # the logits would not fit in memory
+        callbacks=[DecayedFractionCallback(), *callbacks],
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    tokens = trained_tokens(trainer, first_step, block_size)
+    metrics |= {"train_tokens": tokens, "train_tokens_per_second": tokens / metrics["train_runtime"]}
+    metrics |= {"num_parameters": parameters, "train_blocks": len(train), "eval_blocks": len(validation)}
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+
+    evaluation = trainer.evaluate()
+    evaluation["perplexity"] = math.exp(evaluation["eval_loss"]) if evaluation["eval_loss"] < 700 else math.inf
+    trainer.log_metrics("eval", evaluation)
+    trainer.save_metrics("eval", evaluation)
+    trainer.save_state()
+    return metrics | evaluation
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")

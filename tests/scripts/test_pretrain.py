@@ -1,0 +1,210 @@
+"""pretrain.py: real runs of a tiny model."""
+
+import json
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pretrain
+import pytest
+import torch
+from datasets import Dataset
+from lm_args import UsageError
+from lm_data import train_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts/pretrain.py"
+
+
+@pytest.fixture(scope="module")
+def trained(workspace, flags):
+    """Output directory and metrics of six uninterrupted steps."""
+    output = workspace / "trained"
+    return output, pretrain.main(flags(output_dir=output))
+
+
+def texts(workspace):
+    return [json.loads(line)["text"] for line in (workspace / "docs.jsonl").read_text(encoding="utf-8").split("\n")]
+
+
+def evaluation_blocks(output, workspace):
+    """The held-out blocks, made here anew: whole documents, each ended by EOS, cut into 64 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    held_out = texts(workspace)[19::20]  # 5 % of 200: every twentieth
+    stream = [token for text in held_out for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    return torch.tensor(stream[: len(stream) // 64 * 64]).view(-1, 64)
+
+
+def test_metrics_against_a_count_by_hand(trained, workspace):
+    output, metrics = trained
+    model = AutoModelForCausalLM.from_pretrained(output).eval()
+    blocks = evaluation_blocks(output, workspace)
+    with torch.no_grad():
+        logits = model(input_ids=blocks).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    right = (logits.argmax(-1) == blocks[:, 1:]).sum().item()
+    assert metrics["eval_blocks"] == len(blocks)
+    # In other batches a near tie of two logits can fall the other way: one token of the count.
+    assert metrics["eval_token_accuracy"] == pytest.approx(
+        right / blocks[:, 1:].numel(), abs=1.5 / blocks[:, 1:].numel()
+    )
+    assert right > 0
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["perplexity"] == math.exp(metrics["eval_loss"])
+    assert metrics["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert metrics["train_tokens"] == 6 * 4 * 64
+    assert metrics["train_tokens_per_second"] == pytest.approx(6 * 4 * 64 / metrics["train_runtime"])
+    saved = json.loads((output / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss", "perplexity", "eval_token_accuracy"} <= saved.keys()
+
+
+def test_tokenizer_is_trained_on_the_training_documents_only(trained, workspace):
+    everything = texts(workspace)
+    training = [text for i, text in enumerate(everything) if i % 20 != 19]
+    of_training, of_all = (
+        train_tokenizer(Dataset.from_dict({"text": part}), text_column="text", vocab_size=512).get_vocab()
+        for part in (training, everything)
+    )
+    for folder in (trained[0] / "tokenizer", trained[0]):
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == of_training
+    assert of_training != of_all
+
+
+def test_log_holds_the_decayed_fraction(trained):
+    history = json.loads((trained[0] / "trainer_state.json").read_text())["log_history"]
+    fractions = [entry["cwd/decayed_fraction"] for entry in history if "loss" in entry]
+    assert len(fractions) == 6
+    assert all(0 < fraction < 1 for fraction in fractions)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(trained, workspace, flags):
+    resumed = workspace / "resumed"
+    shutil.copytree(trained[0] / "checkpoint-3", resumed / "checkpoint-3")
+    metrics = pretrain.main(flags(output_dir=resumed, resume_from_checkpoint="true"))
+    assert metrics["train_tokens"] == 3 * 4 * 64
+    halfway, one, other = (
+        load_file(folder / "model.safetensors") for folder in (resumed / "checkpoint-3", trained[0], resumed)
+    )
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+    assert any(not torch.equal(halfway[key], one[key]) for key in one)
+    one, other = (
+        torch.load(folder / "checkpoint-6/optimizer.pt", weights_only=True)["state"] for folder in (trained[0], resumed)
+    )
+    assert one.keys() == other.keys()
+    for index, state in one.items():
+        assert state.keys() == other[index].keys()
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[index][key])), (index, key)
+
+
+def test_weights_can_be_trained_on(trained, workspace, flags):
+    """With a learning rate of 0 the loss shows that weights, tokenizer and held-out blocks are the saved ones."""
+    changes = {"config_name": None, "train_tokenizer_vocab_size": None, "model_name_or_path": trained[0]}
+    metrics = pretrain.main(
+        flags(output_dir=workspace / "on", learning_rate=0, max_steps=1, save_strategy="no", **changes)
+    )
+    assert metrics["eval_loss"] == trained[1]["eval_loss"]
+
+
+def test_file_of_arguments_and_overrides(workspace, flags):
+    """Plain text, a YAML file for all arguments (`no` is False in YAML), and shapes derived from an override."""
+    text = workspace / "lines.txt"
+    text.write_text("\n".join(texts(workspace)[:40]), encoding="utf-8")
+    argv = flags(
+        output_dir=workspace / "yaml",
+        train_file=text,
+        max_steps=2,
+        config_overrides="hidden_size=48,rms_norm_eps=1e-4",
+        max_train_samples=5,
+        max_eval_samples=2,
+        save_strategy="no",
+    )
+    lines = [f"{key.removeprefix('--')}: {value}" for key, value in zip(argv[::2], argv[1::2], strict=True)]
+    lines += ["lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: {min_lr: 0.001}", "run_name: null"]
+    (workspace / "args.yaml").write_text("\n".join(lines))
+    metrics = pretrain.main([str(workspace / "args.yaml")])
+    assert (metrics["train_blocks"], metrics["eval_blocks"]) == (5, 2)
+    assert metrics["train_tokens"] == 5 * 64  # two steps are one epoch of five blocks
+    config = json.loads((workspace / "yaml/config.json").read_text())
+    assert (config["hidden_size"], config["head_dim"], config["rms_norm_eps"]) == (48, 24, 1e-4)
+    history = json.loads((workspace / "yaml/trainer_state.json").read_text())["log_history"]
+    assert history[1]["learning_rate"] > 0.001  # the second and last step, on the way to min_lr
+
+
+def test_two_processes(trained, workspace, flags):
+    """Two ranks agree with one on tokenizer, blocks and metrics, and count the tokens of both."""
+    output = workspace / "two"
+    argv = flags(
+        output_dir=output, config_name=None, model_name_or_path=trained[0], learning_rate=0, max_steps=2,
+        save_strategy="no", ddp_backend="gloo",
+    )  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, SCRIPT, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "all_results.json").read_text())
+    assert metrics["train_tokens"] == 2 * 2 * 4 * 64
+    assert metrics["eval_token_accuracy"] == pytest.approx(trained[1]["eval_token_accuracy"], abs=1e-3)
+    assert metrics["eval_loss"] == pytest.approx(trained[1]["eval_loss"], rel=1e-3)  # padded to whole batches a rank
+
+
+ERRORS = {
+    "no data": ({"train_file": None}, "no data.*--dataset_name and --train_file"),
+    "two data": ({"dataset_name": "x"}, "exactly one of --dataset_name and --train_file"),
+    "no file": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    "kind of file": ({"train_file": __file__}, r"'.py'; use one of .txt, .json"),
+    "column": ({"text_column": "body"}, "'body'.*text, year"),
+    "no held-out document": ({"validation_split_percentage": 0}, "--validation_split_percentage 0"),
+    "no model": ({"config_name": None}, "exactly one of --config_name"),
+    "two models": ({"model_name_or_path": "x"}, "exactly one of --config_name"),
+    "no config": ({"config_name": "nowhere.json"}, "--config_name nowhere.json: no such file"),
+    "no tokenizer": ({"train_tokenizer_vocab_size": None}, "--tokenizer_name or --train_tokenizer_vocab_size"),
+    "two tokenizers": ({"tokenizer_name": "x"}, "only one of --tokenizer_name"),
+    "small vocabulary": ({"train_tokenizer_vocab_size": 200}, "200.*at least 257"),
+    "large vocabulary": ({"train_tokenizer_vocab_size": 600}, "600 tokens.*512.*--config_overrides vocab_size=600"),
+    "override of nothing": ({"config_overrides": "hidden=8"}, "hidden=8.*a field of LlamaConfig"),
+    "override's type": ({"config_overrides": "hidden_size=big"}, "hidden_size=big: expected a value like 32"),
+    "override without =": ({"config_overrides": "hidden_size"}, "'hidden_size': expected NAME=VALUE"),
+    "long blocks": ({"block_size": 128}, "--block_size 128.*2 to 64.*max_position_embeddings=128"),
+    "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
+    "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "nowhere is no checkpoint"),
+    "unknown flag": ({"blok_size": 3}, "--blok_size 3"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
+def test_mistakes(workspace, flags, changes, message):
+    with pytest.raises(UsageError, match=message):
+        pretrain.main(flags(output_dir=workspace / "mistakes", **changes))
+
+
+def test_too_little_data(workspace, flags):
+    short = workspace / "short.txt"
+    short.write_text("We the people\n" * 3)
+    with pytest.raises(UsageError, match="5 % of 3 documents is no document"):
+        pretrain.main(flags(train_file=short))
+    with pytest.raises(
+        UsageError, match="training documents hold fewer tokens than one block of 64: lower --block_size"
+    ):
+        pretrain.main(flags(train_file=short, validation_file=short))
+
+
+def test_overrides_belong_to_a_config(flags):
+    with pytest.raises(UsageError, match="--config_overrides changes a --config_name"):
+        pretrain.main(flags(config_name=None, model_name_or_path="x", config_overrides="hidden_size=8"))
+
+
+def test_command_line_tells_a_mistake_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stop.value.code == f"pretrain.py: error: {tmp_path / 'nowhere.yaml'}: no such file of arguments"
