@@ -120,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         tokenizer = {"baseline": [], "cwd": []}
     runs = {}
     for number, (name, (label, own)) in enumerate(optimizers(args.optim, args.optim_args).items(), 1):
-        print(f"\n[{number}/2] {label}: {' '.join(own)}, {args.steps} steps", flush=True)
+        rates = f"learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}"
+        print(f"\n[{number}/2] {label}: {' '.join(own)}, {rates}, {args.steps} steps", flush=True)
         output_dir = args.output_dir / name
         flags = [*common, *tokenizer[name], *own]
         metrics = pretrain.main([*flags, "--output_dir", str(output_dir)])

@@ -164,11 +164,12 @@ def test_new_processes(tmp_path):
     )
     python(
         """
-        import sys, torch
+        import copy, pickle, sys, torch
         assert "hf_cwd" not in sys.modules
         arguments = torch.load(sys.argv[1], weights_only=False)
         from transformers.training_args import OptimizerNames
-        assert arguments.optim is OptimizerNames.CWD_MUON
+        for twin in (arguments, pickle.loads(pickle.dumps(arguments)), copy.copy(arguments), copy.deepcopy(arguments)):
+            assert twin.optim is OptimizerNames.CWD_MUON
         """,
         str(saved),
     )
