@@ -77,9 +77,8 @@ class CWDOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} has no argument {name!r}.{hint} It takes {', '.join(sorted(known))}"
             )
         defaults = {name: kind.default for name, kind in known.items()} | {"algorithm": algorithm, "lr": lr} | options
-        # torch tests for an empty list itself, and gives an error of its own for a bare tensor.
-        if routing is not None:
-            params = list(params)
+        # A bare tensor and an empty list are left to torch, which refuses them in its own words.
+        if routing is not None and not isinstance(params, Tensor) and (params := list(params)):
             params = routing(params if isinstance(params[0], dict) else [{"params": params}])
         super().__init__(params, defaults)
 
@@ -114,7 +113,7 @@ class CWDOptimizer(torch.optim.Optimizer):
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
             if is_dtensor(p):
-                raise ValueError(_DTENSOR.format(name))
+                raise ValueError(f"{name} {_DTENSOR}")
             if rule.matrix is not None and p.ndim != 2:
                 raise ValueError(
                     f"{name} is not a matrix: {rule.name} takes 2-D parameters only. Give the others to a group with "
@@ -139,9 +138,10 @@ class CWDOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            needs_matrices = _rule(group["algorithm"]).matrix is not None
             for position, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    _check_gradient(group, position)
+                if p.grad is not None and (problem := _problem(p, needs_matrices)):
+                    raise RuntimeError(f"{_describe(group, position)} {problem}")
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -197,7 +197,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         super().load_state_dict(adopt(state_dict, self.param_groups))
 
 
-_DTENSOR = "{} is a DTensor: FSDP2 and tensor parallelism are not supported yet. Train with DDP or unsharded"
+_DTENSOR = "is a DTensor: FSDP2 and tensor parallelism are not supported yet. Train with DDP or unsharded"
 
 
 def _rule(name: str) -> Rule:
@@ -225,24 +225,23 @@ def _describe(group: Mapping[str, Any], position: int) -> str:
     return f"parameter{name} of shape {tuple(group['params'][position].shape)}"
 
 
-def _check_gradient(group: Mapping[str, Any], position: int) -> None:
-    p = group["params"][position]
-    name = _describe(group, position)
+def _problem(p: Tensor, needs_matrices: bool) -> str | None:
+    """Why a parameter with a gradient cannot be stepped, if so."""
     if p.grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{name} has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a "
-            "gradient are decayed too. Use sparse=False in nn.Embedding"
+        return (
+            "has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
+            "decayed too. Use sparse=False in nn.Embedding"
         )
     if p.grad.is_complex():
-        raise RuntimeError(f"{name} has a complex gradient: a sign is defined for real numbers only")
+        return "has a complex gradient: a sign is defined for real numbers only"
     if p.grad.is_meta:
-        raise RuntimeError(f"{name} has a gradient on the meta device, which holds no numbers: materialise the model")
+        return "has a gradient on the meta device, which holds no numbers: materialise the model"
     if is_dtensor(p):
-        raise RuntimeError(_DTENSOR.format(name))  # FSDP2 swaps the parameters after construction
-    rule = _rule(group["algorithm"])
-    if rule.matrix is not None and p.ndim != 2:
-        raise RuntimeError(
-            f"{name} was a matrix when the optimizer was made and has been flattened since (DeepSpeed ZeRO, FSDP1): "
-            f"{rule.name} needs whole matrices, which is not supported there yet. Train with DDP, or use an "
-            "element-wise rule such as cwd_adamw"
+        return _DTENSOR  # FSDP2 swaps the parameters after construction
+    if needs_matrices and p.ndim != 2:
+        return (
+            "was a matrix when the optimizer was made and has been flattened since (DeepSpeed ZeRO, FSDP1): its rule "
+            "needs whole matrices, which is not supported there yet. Train with DDP, or use an element-wise rule such "
+            "as cwd_adamw"
         )
+    return None

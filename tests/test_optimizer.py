@@ -265,6 +265,14 @@ class TestRefusals:
             optimizer.add_param_group({"params": [parameter(2)]})
         assert len(optimizer.param_groups) == 1, "a refused group is not kept"
 
+    def test_nothing_to_train(self):
+        routing = route(nn.Linear(2, 2))
+        for empty in ([], iter([])):
+            with pytest.raises(ValueError, match="empty parameter list"):
+                CWDMuon(empty, routing=routing)
+        with pytest.raises(TypeError, match="iterable of Tensors"):
+            CWDMuon(parameter(2, 2), routing=routing)
+
     def test_complex_parameters(self, algorithm):
         with pytest.raises(ValueError, match="is complex"):
             make([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))], algorithm)

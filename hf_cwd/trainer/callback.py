@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_cwd.decay import DecayCount
 from hf_cwd.optimizer import CWDOptimizer
@@ -13,7 +14,7 @@ class DecayedFractionCallback(TrainerCallback):
 
     That is the paper's mask ratio: decayed elements over the elements of the groups with a weight decay, on the one
     optimizer step before a log, counted in the pass that updates the weights. Other steps count nothing. Does nothing
-    when the optimizer is not one of this package.
+    when the optimizer is not one of this package, or where the Trainer logs by epoch.
     """
 
     def __init__(self) -> None:
@@ -30,8 +31,8 @@ class DecayedFractionCallback(TrainerCallback):
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         # The Trainer decides about logging after the step: say beforehand what it will decide.
-        step = state.global_step + 1
-        will_log = step % state.logging_steps == 0 or (args.logging_first_step and step == 1)
+        step, by_steps = state.global_step + 1, args.logging_strategy == IntervalStrategy.STEPS
+        will_log = (by_steps and step % state.logging_steps == 0) or (args.logging_first_step and step == 1)
         if will_log and isinstance(optimizer, CWDOptimizer):
             optimizer.decay_count = DecayCount()
             self._optimizer = optimizer

@@ -109,6 +109,12 @@ def test_the_decayed_fraction_is_logged_at_logging_steps_only(arguments, algorit
     assert logged.keys() == {1, 2, 4}
     assert all(0.3 < fraction < 0.7 for fraction in logged.values()), logged
     assert trainer.optimizer.optimizer.decay_count is None
+    by_epoch = arguments(
+        optim=f"cwd_{algorithm}", logging_strategy="epoch", logging_steps=1, num_train_epochs=1, max_steps=-1
+    )
+    trainer = train(by_epoch, rows=8, callbacks=[DecayedFractionCallback()])
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert "cwd/decayed_fraction" not in log, "which step it would be of cannot be foreseen"
     plain = train(
         arguments(optim=f"cwd_{algorithm}", optim_args="cautious=false"), callbacks=[DecayedFractionCallback()]
     )
