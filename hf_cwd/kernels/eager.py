@@ -14,9 +14,9 @@ from torch import Tensor
 from hf_cwd import decay
 from hf_cwd.rules.base import Rule
 
-# Elements in a block. On a CPU a few fp32 blocks fit in a core's L2 cache; elsewhere a launch must be worth its cost,
-# and temporaries of 64 MiB are small beside a model.
-BLOCK = 1 << 16
+# Elements in a block. On a CPU a few fp32 blocks stay in cache, and are large enough to be shared among threads; elsewhere
+# a launch must be worth its cost, and temporaries of 64 MiB are small beside a model.
+BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 24
 
 # oneMKL chooses its square root's implementation in the first call. When several threads make that call together, one
