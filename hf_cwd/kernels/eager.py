@@ -14,8 +14,8 @@ from torch import Tensor
 from hf_cwd import decay
 from hf_cwd.rules.base import Rule
 
-# Elements in a block. On a CPU a few fp32 blocks stay in cache, and are large enough to be shared among threads; elsewhere
-# a launch must be worth its cost, and temporaries of 64 MiB are small beside a model.
+# Elements in a block. On a CPU a few fp32 blocks stay in cache and are large enough to be shared among threads;
+# elsewhere a launch must be worth its cost, and temporaries of 64 MiB are small beside a model.
 BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 24
 
