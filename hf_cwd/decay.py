@@ -1,4 +1,4 @@
-"""Cautious Weight Decay: the definition, written once (arXiv 2510.12402, Algorithm 1 and equation 2).
+"""Cautious Weight Decay: the definition, written once (arXiv 2510.12402).
 
     x <- x - lr * (scale * u + weight_decay * 1[u * x >= 0] * x)
 

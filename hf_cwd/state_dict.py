@@ -35,8 +35,6 @@ def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any
             raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
         kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS}
         group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept
-        if "adjust_lr_fn" in group and group["adjust_lr_fn"] is None:
-            group["adjust_lr_fn"] = "original"  # what None means in torch.optim.Muon
         rule = RULES[algorithm]
         groups.append(group | rule.checked_hyperparameters(group))
         for index in saved["params"]:

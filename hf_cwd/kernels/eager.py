@@ -20,8 +20,8 @@ BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 24
 
 # oneMKL chooses its square root's implementation in the first call. When several threads make that call together, one
-# can get 11 bits for its part (pytorch issue 188792, seen here on torch 2.13): a resumed run would then leave its twin
-# at the first step. One element has one thread.
+# can get 11 bits for its part (pytorch issue 188792): a resumed run would then leave its twin at the first step. One
+# element has one thread.
 for _dtype in (torch.float32, torch.float64):
     torch.ones(1, dtype=_dtype).sqrt()
 

@@ -1,7 +1,7 @@
 """Declared hyper-parameters: one place for the default, the type, the valid range and how a string is read."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,10 +74,11 @@ class Flag:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words."""
+    """One of some words. ``aliases``: other optimizers' values for them."""
 
     default: str
     choices: tuple[str, ...]
+    aliases: Mapping[Any, str] = field(default_factory=dict)
 
     @property
     def valid(self) -> str:
@@ -87,6 +88,7 @@ class Choice:
         return self.check(text)
 
     def check(self, value: Any) -> str:
+        value = self.aliases.get(value, value)
         if value not in self.choices:
             raise ValueError
         return value

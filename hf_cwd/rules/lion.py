@@ -30,6 +30,6 @@ RULE = Rule(
     name="lion",
     direction=direction,
     state_keys=lambda group: ("exp_avg",),
-    # The paper's betas for Lion (section 4); Lion's own paper has (0.9, 0.99).
+    # The betas of the CWD paper's experiments; Lion's own paper has (0.9, 0.99).
     hyperparameters={"betas": Betas((0.9, 0.95))},
 )

@@ -66,7 +66,8 @@ RULE = Rule(
         "ns_coefficients": Coefficients("quintic"),
         "ns_dtype": Choice("auto", ("auto", *NS_DTYPES)),
         "eps": Real(1e-7),
-        "adjust_lr_fn": Choice("match_rms_adamw", ("match_rms_adamw", "original", "none")),
+        # torch.optim.Muon's None is "original".
+        "adjust_lr_fn": Choice("match_rms_adamw", ("match_rms_adamw", "original", "none"), {None: "original"}),
     },
     matrix=orthogonalize,
     scale=scale,

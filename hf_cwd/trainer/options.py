@@ -39,7 +39,6 @@ class Option(NamedTuple):
     kind: Hyperparameter
 
 
-@functools.cache
 def options(rule_name: str) -> dict[str, Option]:
     """The keys of ``--optim_args`` for ``cwd_<rule_name>``.
 
@@ -97,7 +96,7 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
         ValueError: see :func:`parse_optim_args`; also an ``--adam_*`` flag that the optimizer has no use for, or that
             contradicts ``--optim_args``, and ``--optim_target_modules``.
     """
-    name = str(getattr(args.optim, "value", args.optim))
+    name = _name(args)
     rule = RULES[name.removeprefix(PREFIX)]
     given = parse_optim_args(name, args.optim_args)
     if args.optim_target_modules is not None:
@@ -129,7 +128,7 @@ def check_training_arguments(args: Any) -> None:
         ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist, and sharded training.
         ImportError: a transformers that is too old for our names.
     """
-    name = str(getattr(args.optim, "value", args.optim))
+    name = _name(args)
     if not name.startswith(PREFIX):
         return
     if name not in names():
@@ -164,7 +163,7 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     It returns a class, not one of transformers' factories, so that the parameter groups come from the Trainer, with its
     own decay set, also where a subclass overrides it; ``routing`` then splits them by rule.
     """
-    name = str(ctx.args.optim.value)
+    name = _name(ctx.args)
     rule = RULES[name.removeprefix(PREFIX)]
     arguments = optimizer_arguments(ctx.args)
     described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())
@@ -186,6 +185,11 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
         own = {key.removeprefix(prefix): arguments.pop(key) for key in list(arguments) if key.startswith(prefix)}
         arguments["companions"] = {rule.companion: own}
     return CWDOptimizer, {"algorithm": rule.name} | arguments
+
+
+def _name(args: Any) -> str:
+    """The value of ``--optim``, which is a string until TrainingArguments have made it a member."""
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def _effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def route(model: nn.Module, *, matrices: str = "muon", others: str = "adamw") ->
     """Sorts a model's parameters: 2-D weights of the hidden linear layers to ``matrices``, all else to ``others``.
 
     By module and shape, never by size: embeddings (tied to the head or not), the output head (every linear layer
-    outside a transformers model's body), vectors (norms, biases) and anything that is not the weight of a linear layer
-    go to ``others``; frozen parameters are left out.
+    outside a transformers model's body; in a model without one, layers named as in ``HEAD_NAMES``), vectors (norms,
+    biases) and anything that is not the weight of a linear layer go to ``others``; frozen parameters are left out.
 
     Example:
         >>> import torch
