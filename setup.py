@@ -17,7 +17,8 @@ setup(
     packages=find_packages(include=["hf_cwd", "hf_cwd.*"]),
     install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1"],
     extras_require={
-        "scripts": ["datasets", "evaluate", "matplotlib", "tokenizers"],
-        "test": ["pytest", "ruff", "numpy"],
+        "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
+        "test": ["deepspeed", "gguf", "numpy", "pytest", "ruff", "scikit-learn"],
     },
+    entry_points={"console_scripts": ["hf-cwd = hf_cwd.cli:main"]},
 )

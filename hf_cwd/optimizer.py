@@ -1,6 +1,7 @@
 """The optimizer: parameter groups, state, the step and state dicts, for any rule."""
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from hf_cwd import kernels
 from hf_cwd.decay import DecayCount
+from hf_cwd.matrices import Layout
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.sharding import exchange
 from hf_cwd.sharding.dtensor import is_dtensor
@@ -42,7 +44,9 @@ class CWDOptimizer(torch.optim.Optimizer):
     """Any registered rule with cautious weight decay: ``x <- x - lr * (scale*u + weight_decay * 1[u*x >= 0] * x)``.
 
     A group's ``algorithm`` key names its rule, so that several rules can share one optimizer. Groups are plain
-    torch.optim groups otherwise: every hyper-parameter is a key, read at each step, and schedulers may change it.
+    torch.optim groups otherwise: every hyper-parameter is a key, read at each step, and schedulers may change it. In a
+    group of a rule for matrices, ``layout`` None stands for plain 2-D matrices; a dict holds the arguments of the
+    :class:`hf_cwd.matrices.Layout` by which the group's parameters hold several matrices, or hold them otherwise.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts; dicts are copied, not mutated.
@@ -108,16 +112,23 @@ class CWDOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         rule = _rule(group["algorithm"])
         group.update(rule.checked_hyperparameters(group))
+        if rule.matrix is not None:
+            group.setdefault("layout", None)
         for position, p in enumerate(group["params"]):
             name = _describe(group, position)
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
             if is_dtensor(p):
                 raise ValueError(f"{name} {_DTENSOR}")
-            if rule.matrix is not None and p.ndim != 2:
+            if rule.matrix is None:
+                continue
+            if group["layout"] is not None:
+                _checked_layout(group["layout"], name, p)
+            elif p.ndim != 2:
                 raise ValueError(
                     f"{name} is not a matrix: {rule.name} takes 2-D parameters only. Give the others to a group with "
-                    f"'algorithm': {rule.companion!r}, or pass routing=hf_cwd.route(model) to have them sorted"
+                    f"'algorithm': {rule.companion!r}, say with 'layout' which matrices it holds, or pass "
+                    "routing=hf_cwd.route(model) to have them sorted"
                 )
 
     @torch.no_grad()
@@ -163,12 +174,23 @@ class CWDOptimizer(torch.optim.Optimizer):
                 kernel = kernels.select(group["kernel"], p.device)
                 kernel.update(rule, p, p.grad, advanced[i][1], **arguments(i), **decaying)
             return
+        layout = None if group["layout"] is None else Layout(**group["layout"])
+
+        def orthogonalized(u: Tensor) -> Tensor:
+            return rule.matrix(u, **hyper)
+
+        def scaled(u: Tensor) -> Tensor:
+            return rule.matrix(u, **hyper).to(u.dtype) * rule.scale(u.shape, **hyper)
+
         for positions in exchange.rounds(params):
             kernel = kernels.select(group["kernel"], params[positions[0]].device)
             directions = [kernel.direction(rule, params[i].grad, advanced[i][1], **arguments(i)) for i in positions]
-            directions = exchange.on_whole_matrices(lambda u: rule.matrix(u, **hyper), directions)
+            # Matrices of one parameter can differ in shape, and so in scale: theirs goes into the direction.
+            stage = orthogonalized if layout is None else functools.partial(layout.map, scaled)
+            directions = exchange.on_whole_matrices(stage, directions)
             for i, direction in zip(positions, directions, strict=True):
-                kernel.apply(params[i], direction, scale=rule.scale(params[i].shape, **hyper), **decaying)
+                scale = rule.scale(params[i].shape, **hyper) if layout is None else 1.0
+                kernel.apply(params[i], direction, scale=scale, **decaying)
 
     def _advance(self, p: Tensor, keys: tuple[str, ...]) -> tuple[int, list[Tensor]]:
         """This step's number and the buffers of a parameter.
@@ -206,6 +228,13 @@ def _rule(name: str) -> Rule:
     return RULES[name]
 
 
+def _checked_layout(layout: Any, name: str, p: Tensor) -> None:
+    try:
+        Layout(**layout).check(p.shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
+
+
 def _refuse_torch_kernels(options: dict[str, Any]) -> None:
     """Takes torch.optim's choice of implementation out of ``options``; False and None ask for nothing."""
     instead = {
@@ -238,7 +267,7 @@ def _problem(p: Tensor, needs_matrices: bool) -> str | None:
         return "has a gradient on the meta device, which holds no numbers: materialise the model"
     if is_dtensor(p):
         return _DTENSOR  # FSDP2 swaps the parameters after construction
-    if needs_matrices and p.ndim != 2:
+    if needs_matrices and p.ndim < 2:
         return (
             "was a matrix when the optimizer was made and has been flattened since (DeepSpeed ZeRO, FSDP1): its rule "
             "needs whole matrices, which is not supported there yet. Train with DDP, or use an element-wise rule such "

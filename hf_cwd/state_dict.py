@@ -31,6 +31,11 @@ def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any
                 f"the saved state is of rule {saved['algorithm']!r}, the optimizer's is {algorithm!r}: "
                 "continue with the optimizer that saved it"
             )
+        if saved.get("layout", own.get("layout")) != own.get("layout"):
+            raise ValueError(
+                f"the saved optimizer took layout={saved['layout']!r} from parameters that are now routed as "
+                f"{own['layout']!r}: continue with the --optim_target_modules, model and package that saved it"
+            )
         if saved.get("amsgrad"):
             raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
         kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS}

@@ -6,13 +6,17 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import torch
 
 from hf_cwd import optimizers
 from hf_cwd.optimizer import CWDOptimizer
-from hf_cwd.rules import COMMON, RULES
+from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.hyperparameters import Hyperparameter, Real, checked
-from hf_cwd.trainer.routing import route
+from hf_cwd.trainer.routing import Routing, route
+from hf_cwd.trainer.targets import Targets
 
 PREFIX = "cwd_"
 MINIMUM_TRANSFORMERS = "5.2"
@@ -94,13 +98,15 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: see :func:`parse_optim_args`; also an ``--adam_*`` flag that the optimizer has no use for, or that
-            contradicts ``--optim_args``, and ``--optim_target_modules``.
+            contradicts ``--optim_args``, and ``--optim_target_modules`` where nothing is sorted by module.
     """
     name = _name(args)
     rule = RULES[name.removeprefix(PREFIX)]
     given = parse_optim_args(name, args.optim_args)
     if args.optim_target_modules is not None:
-        raise ValueError(f"--optim_target_modules has no effect on {name}: leave it out")
+        if rule.companion is None:
+            raise ValueError(f"--optim_target_modules has no effect on {name}, which takes any module: leave it out")
+        Targets(args.optim_target_modules)  # a regular expression that is none fails here, not at the optimizer
     adamw = rule.name if rule.name == "adamw" else rule.companion
     changed = _changed_adam_flags(args)
     if adamw != "adamw":
@@ -165,15 +171,22 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     """
     name = _name(ctx.args)
     rule = RULES[name.removeprefix(PREFIX)]
+    _check_world(ctx.args)
     arguments = optimizer_arguments(ctx.args)
     described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())
     if rule.companion is not None:
         if ctx.model is None:
             raise ValueError(f"{name} sorts the parameters of a model, and the Trainer gave none")
-        arguments["routing"] = route(ctx.model, matrices=rule.name, others=rule.companion)
-        described += f" | {arguments['routing'].summary()}"
+        routing = route(
+            ctx.model,
+            matrices=rule.name,
+            others=rule.companion,
+            target_modules=ctx.args.optim_target_modules,
+        )
+        arguments["routing"] = _announced(routing, rule, arguments, described) if ctx.args.should_log else routing
     if ctx.args.should_log:
-        _announce(described)
+        if rule.companion is None:
+            _announce(described)
         if arguments["weight_decay"] == 0 and arguments.get("cautious", True):
             _warn_once(
                 f"--weight_decay is 0 (the Trainer's default): {name} then decays nothing. Try --weight_decay 0.1"
@@ -185,6 +198,36 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
         own = {key.removeprefix(prefix): arguments.pop(key) for key in list(arguments) if key.startswith(prefix)}
         arguments["companions"] = {rule.companion: own}
     return CWDOptimizer, {"algorithm": rule.name} | arguments
+
+
+def _check_world(args: Any) -> None:
+    """Processes that were started together must train together: without a GPU transformers needs to be told."""
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{started} processes were started, but TrainingArguments take each for the only one, so that every one would "
+            "train a model of its own. On a machine without accelerators add --use_cpu"
+        )
+
+
+def _announced(
+    routing: Routing, rule: Rule, arguments: dict[str, Any], described: str
+) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """A routing that adds to the start-up line, once it knows the parameter groups, what each rule got."""
+    rates = {rule.name: arguments["lr"], rule.companion: arguments.get(f"{rule.companion}_lr", arguments["lr"])}
+
+    def split(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        result = routing(groups)
+
+        def details(algorithm: str) -> str:
+            decays = {g["weight_decay"] for g in result if g["algorithm"] == algorithm}
+            decays = " and ".join(f"{decay:g}" for decay in sorted(decays, reverse=True))
+            return f", lr {rates[algorithm]:g}, weight_decay {decays}"
+
+        _announce(f"{described} | {routing.summary(details)}")
+        return result
+
+    return split
 
 
 def _name(args: Any) -> str:

@@ -1,11 +1,15 @@
 """Which rule for which parameter, with the reason: hidden matrices to Muon, everything else to AdamW."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from hf_cwd.matrices import Layout
+from hf_cwd.trainer.kinds import Kind, Place, kind
+from hf_cwd.trainer.targets import Targets
 
 # Names of output layers in models that do not say what their body is (base_model_prefix) or their head.
 HEAD_NAMES = ("lm_head", "head", "score", "classifier", "output_projection")
@@ -13,29 +17,42 @@ HEAD_NAMES = ("lm_head", "head", "score", "classifier", "output_projection")
 
 @dataclass(frozen=True)
 class Route:
-    """One parameter. ``algorithm`` None means that it is not trained."""
+    """One parameter. ``algorithm`` None means that it is not trained.
+
+    ``layout`` says which matrices a matrix rule's parameter holds, None that it is one in two dimensions.
+    """
 
     name: str
     shape: tuple[int, ...]
     algorithm: str | None
     reason: str
+    layout: Layout | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices a matrix rule finds in it."""
+        return 1 if self.layout is None else self.layout.count(self.shape)
 
 
 class Routing:
-    """The routes of a model's parameters; called with parameter groups, it splits them by rule.
+    """The routes of a model's parameters; called with parameter groups, it splits them by rule and layout.
 
     Attributes:
         routes: a :class:`Route` for each parameter, in the model's order.
     """
 
-    def __init__(self, model_name: str, matrices: str, routes: Sequence[tuple[Tensor, Route]]) -> None:
+    def __init__(self, model_name: str, matrices: str | None, routes: Sequence[tuple[Tensor, Route]]) -> None:
         self.routes = [r for _, r in routes]
         self._model_name = model_name
         self._matrices = matrices
         self._by_parameter = dict(routes)
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Splits groups by rule and sets their ``algorithm``; the matrices' groups come first.
+        """Splits groups by rule and layout, and sets their ``algorithm``; the matrices' groups come first.
 
         The Trainer logs the learning rate of group 0 only, which is to be the one that was asked for.
 
@@ -47,40 +64,53 @@ class Routing:
         """
         first, rest = [], []
         for group in groups:
-            split: dict[str, list[Any]] = {}
+            split: dict[tuple[str, Layout | None], list[Any]] = {}
             params = group["params"]
             for entry in [params] if isinstance(params, Tensor) else params:
-                name, p = entry if isinstance(entry, tuple) else (None, entry)
-                if p not in self._by_parameter:
-                    raise ValueError(
-                        f"parameter {name or ''} of shape {tuple(p.shape)} is not one of {self._model_name}'s: "
-                        "route the model whose parameters the optimizer gets"
-                    )
-                algorithm = self._by_parameter[p].algorithm
-                if algorithm is None:
-                    if p.requires_grad:
-                        raise ValueError(
-                            f"{self._by_parameter[p].name} was frozen when the model was routed: route it again"
-                        )
-                    continue
-                split.setdefault(algorithm, []).append(entry)
-            for algorithm, entries in split.items():
+                route = self._route(entry)
+                if route is not None:
+                    split.setdefault((route.algorithm, route.layout), []).append(entry)
+            for (algorithm, layout), entries in split.items():
                 part = {**group, "params": entries, "algorithm": algorithm}
-                (first if algorithm == self._matrices else rest).append(part)
+                if algorithm == self._matrices:
+                    first.append(part | {"layout": None if layout is None else layout.as_group_value()})
+                else:
+                    rest.append(part)
         if not first:
             raise ValueError(
                 f"{self._model_name} has no trainable matrix for {self._matrices}: all of its parameters are "
-                f"embeddings, heads, vectors or of an unknown kind ({self._reasons()}). Use --optim cwd_adamw"
+                f"embeddings, heads, vectors or the like ({self._reasons()}). Use --optim cwd_adamw"
             )
         return first + rest
 
-    def summary(self) -> str:
-        """How many tensors and parameters each rule gets, in one line."""
+    def _route(self, entry: Any) -> Route | None:
+        """The route of a parameter, or ``(name, parameter)``, of a group; None for a frozen one."""
+        name, p = entry if isinstance(entry, tuple) else (None, entry)
+        if p not in self._by_parameter:
+            raise ValueError(
+                f"parameter {name or ''} of shape {tuple(p.shape)} is not one of {self._model_name}'s: "
+                "route the model whose parameters the optimizer gets"
+            )
+        route = self._by_parameter[p]
+        if route.algorithm is not None:
+            return route
+        if p.requires_grad:
+            raise ValueError(f"{route.name} was frozen when the model was routed: route it again")
+        return None
+
+    def summary(self, details: Callable[[str], str] = lambda algorithm: "") -> str:
+        """How many matrices, tensors and parameters each rule gets, in one line.
+
+        Args:
+            details: what to add for a rule, such as its learning rate.
+        """
         parts = []
-        for algorithm in dict.fromkeys([self._matrices, *(r.algorithm for r in self.routes)]):
+        first = [] if self._matrices is None else [self._matrices]
+        for algorithm in dict.fromkeys([*first, *(r.algorithm for r in self.routes)]):
             chosen = [r for r in self.routes if r.algorithm == algorithm]
-            numel = sum(torch.Size(r.shape).numel() for r in chosen)
-            parts.append(f"{algorithm or 'frozen'}: {len(chosen)} tensors, {numel:,} parameters")
+            matrices = f"{sum(r.matrices for r in chosen):,} matrices in " if algorithm in first else ""
+            line = f"{matrices}{len(chosen):,} tensors, {sum(r.numel for r in chosen):,} parameters"
+            parts.append(f"{algorithm or 'frozen'}: {line}{details(algorithm) if algorithm else ''}")
         return "; ".join(parts)
 
     def __str__(self) -> str:
@@ -93,12 +123,29 @@ class Routing:
         return ", ".join(f"{count} x {reason}" for reason, count in counts.items()) or "none"
 
 
-def route(model: nn.Module, *, matrices: str = "muon", others: str = "adamw") -> Routing:
-    """Sorts a model's parameters: 2-D weights of the hidden linear layers to ``matrices``, all else to ``others``.
+def route(
+    model: nn.Module,
+    *,
+    matrices: str = "muon",
+    others: str = "adamw",
+    target_modules: str | Sequence[str] | None = None,
+) -> Routing:
+    """Sorts a model's parameters: hidden matrices to ``matrices``, all else to ``others``.
 
-    By module and shape, never by size: embeddings (tied to the head or not), the output head (every linear layer
-    outside a transformers model's body; in a model without one, layers named as in ``HEAD_NAMES``), vectors (norms,
-    biases) and anything that is not the weight of a linear layer go to ``others``; frozen parameters are left out.
+    By module and name, never by size. Hidden matrices are the weights of linear layers and convolutions, recurrent
+    ones, and the stacked weights of experts; fused projections count as the matrices that they hold. Embeddings (tied
+    to the head or not), the output head (every layer outside a transformers model's body; in a model without one,
+    layers named as in ``HEAD_NAMES``), vectors (norms, biases, one row or column), input convolutions, routers,
+    positions and what :mod:`hf_cwd.trainer.architectures` lists go to ``others``; frozen parameters are left out.
+
+    Args:
+        target_modules: restricts ``matrices`` to these modules: a regular expression for the whole name of a module,
+            a list of names, parts of names or expressions, or ``"all-linear"``; what ``--optim_target_modules`` takes.
+            Parameters of unknown kind are matrices in a named module, and go to ``others`` elsewhere.
+
+    Raises:
+        ValueError: a parameter of unknown kind without ``target_modules``, or an entry of ``target_modules`` that
+            names no matrix.
 
     Example:
         >>> import torch
@@ -109,47 +156,57 @@ def route(model: nn.Module, *, matrices: str = "muon", others: str = "adamw") ->
         1.weight  [6, 4]  muon: hidden matrix
         1.bias  [6]  adamw: vector (bias)
     """
-    owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
-    for module_name, module in model.named_modules():
-        for attribute, p in module.named_parameters(recurse=False):
-            owners.setdefault(p, []).append((module_name, module, attribute))
-    heads = _heads(model)
-    routes = []
+    modules = dict(model.named_modules())
+    owners: dict[Tensor, list[Place]] = {}
+    for path, module in modules.items():
+        for name, p in module.named_parameters(recurse=False):
+            owners.setdefault(p, []).append(Place(path, module, name))
+    heads = _heads(modules)
+    targets = None if target_modules is None else Targets(target_modules)
+    routes, unknown = [], []
     for p, places in owners.items():
-        name = ".".join(part for part in (places[0][0], places[0][2]) if part)
-        algorithm, reason = _decide(p, places, heads, matrices, others)
-        routes.append((p, Route(name, tuple(p.shape), algorithm, reason)))
+        found = Kind(False, "frozen") if not p.requires_grad else _kind(p, places, heads, modules)
+        if targets is not None:
+            found = targets.restrict(found, p, places)
+        elif found.is_matrix is None:
+            unknown.append(f"{places[0].parameter} {list(p.shape)} ({found.reason})")
+        algorithm = None if not p.requires_grad else matrices if found.is_matrix else others
+        routes.append((p, Route(places[0].parameter, tuple(p.shape), algorithm, found.reason, found.layout)))
+    if unknown:
+        shown = "; ".join(unknown[:5]) + (f"; and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise ValueError(
+            f"{type(model).__name__} has parameters that may or may not be matrices for {matrices}: {shown}. Name the "
+            f"modules whose matrices {matrices} shall take by --optim_target_modules (a regular expression, a JSON "
+            "list, or all-linear); everything else goes to "
+            f"{others}. Or use --optim cwd_{others}"
+        )
+    if targets is not None:
+        targets.check(matrices)
     return Routing(type(model).__name__, matrices, routes)
 
 
-def _decide(
-    p: Tensor, places: list[tuple[str, nn.Module, str]], heads: set[nn.Module], matrices: str, others: str
-) -> tuple[str | None, str]:
-    modules = [module for _, module, _ in places]
-    if not p.requires_grad:
-        return None, "frozen"
-    is_head = [module for module in modules if module in heads]
-    if any(isinstance(module, nn.Embedding) for module in modules):
-        return others, "embedding, tied to the output head" if is_head else "embedding"
-    if p.ndim < 2:
-        return others, f"vector ({'bias' if places[0][2] == 'bias' else 'norm or scale'})"
-    if is_head:
-        return others, "output head"
-    if p.ndim == 2 and isinstance(modules[0], nn.Linear) and places[0][2] == "weight":
-        return matrices, "hidden matrix"
-    return others, f"not the weight of a linear layer ({type(modules[0]).__name__}.{places[0][2]})"
+def _kind(p: Tensor, places: list[Place], heads: set[nn.Module], modules: dict[str, nn.Module]) -> Kind:
+    is_head = any(place.module in heads for place in places)
+    if any(type(place.module).__name__.endswith(("Embedding", "EmbeddingBag")) for place in places) and p.ndim == 2:
+        return Kind(False, "embedding, tied to the output head" if is_head else "embedding")
+    found = kind(p, places[0], modules)
+    return Kind(False, "output head") if is_head and found.is_matrix else found
 
 
-def _heads(model: nn.Module) -> set[nn.Module]:
+def _heads(modules: dict[str, nn.Module]) -> set[nn.Module]:
     """The output layers: what transformers names as such, and every module outside of the model's body."""
+    # Behind the wrappers of PEFT, TRL and DDP; a PeftModel only passes the attribute on.
+    models = [(path, m) for path, m in modules.items() if hasattr(type(m), "base_model_prefix")]
+    path, model = models[0] if models else ("", modules[""])
     heads = set()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings() if models and hasattr(model, "get_output_embeddings") else None
     if output is not None:
-        heads.add(output)
+        heads |= set(output.modules())
     body = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     if isinstance(body, nn.Module) and body is not model:
-        inside = set(body.modules())
-        heads |= {module for module in model.modules() if module not in inside and module is not model}
-    else:
-        heads |= {module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in HEAD_NAMES}
-    return heads
+        body_path = f"{path}.{model.base_model_prefix}".lstrip(".")
+        around = [name for name in modules if body_path.startswith(f"{name}.") or not name]
+        inside = set(body.modules()) | {modules[name] for name in around}
+        return heads | {module for module in modules.values() if module not in inside}
+    named = [module for name, module in modules.items() if name.rsplit(".", 1)[-1] in HEAD_NAMES]
+    return heads | {inner for module in named for inner in module.modules()}

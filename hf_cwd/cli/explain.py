@@ -1,0 +1,171 @@
+"""``hf-cwd explain``: what trains each parameter of a model, with which learning rate and weight decay, and why."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hf_cwd.rules import RULES
+from hf_cwd.trainer.options import PREFIX, names, optimizer_arguments
+from hf_cwd.trainer.routing import Route, Routing, route
+
+# Tried in this order where a configuration does not say which model it is of.
+AUTO_CLASSES = ("CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "SpeechSeq2Seq", "ImageTextToText", "CTC")
+TRAINER_FLAGS = ("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay")
+
+
+class Row(NamedTuple):
+    """A parameter of the table, or the same one of several layers, with the values of its parameter group."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    rule: str
+    lr: float | None
+    weight_decay: float | None
+    reason: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a configuration (JSON file or directory), model, PEFT adapter or Hub id")
+    parser.add_argument("--optim", default="cwd_muon", choices=names(), help="default: %(default)s")
+    parser.add_argument("--optim_args", help="as for the Trainer")
+    parser.add_argument("--optim_target_modules", help="as for the Trainer")
+    parser.add_argument("--learning_rate", type=float, default=5e-5, help="default: %(default)s, the Trainer's")
+    parser.add_argument("--weight_decay", type=float, default=0.0, help="default: %(default)s, the Trainer's")
+    parser.add_argument("--model_class", help="a class of transformers; default: the one that the configuration names")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--all", action="store_true", help="one line for every parameter; default: layers are folded")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the table and the totals. No weight is read or allocated."""
+    from transformers import Trainer, TrainingArguments
+
+    flags = {name: getattr(args, name) for name in TRAINER_FLAGS}
+    arguments = optimizer_arguments(TrainingArguments(output_dir="unused", use_cpu=True, report_to="none", **flags))
+    model = load(args.model, model_class=args.model_class, trust_remote_code=args.trust_remote_code)
+    rule = RULES[args.optim.removeprefix(PREFIX)]
+    if rule.companion is None:
+        routing = _everything(model, rule.name)
+    else:
+        routing = route(model, matrices=rule.name, others=rule.companion, target_modules=args.optim_target_modules)
+        routing([{"params": [p for p in model.parameters() if p.requires_grad]}])  # refuses a model without a matrix
+    rates = {rule.name: arguments["lr"], rule.companion: arguments.get(f"{rule.companion}_lr", arguments["lr"])}
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # it asks the Trainer for nothing
+    rows = [_row(r, rates, arguments["weight_decay"] if r.name in decayed else 0.0) for r in routing.routes]
+    title = f"{type(model).__name__} with --optim {args.optim}"
+    print(title, "", *_table(rows if args.all else fold(rows)), "", *_totals(routing, arguments), sep="\n")
+    if args.weight_decay == 0:
+        print("--weight_decay is 0, the Trainer's default: nothing is decayed. Try --weight_decay 0.1")
+    return 0
+
+
+def load(name: str, *, model_class: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a configuration, of a directory, or of a Hub id, on the meta device.
+
+    Raises:
+        ValueError: there is none, or transformers has no such class.
+    """
+    import transformers
+
+    if (Path(name) / "adapter_config.json").is_file():
+        return _with_adapter(name, model_class=model_class, trust_remote_code=trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name!r} is no configuration, model directory or Hub id that can be read: {str(error).splitlines()[0]}"
+        ) from None
+    model_class = model_class or next(iter(config.architectures or ()), None)
+    with torch.device("meta"):
+        if model_class is not None and hasattr(transformers, model_class):
+            return getattr(transformers, model_class)(config)
+        if model_class is not None and not hasattr(config, "auto_map"):
+            raise ValueError(f"transformers {transformers.__version__} has no {model_class}: name one by --model_class")
+        for task in AUTO_CLASSES:
+            auto = getattr(transformers, f"AutoModelFor{task}")
+            if type(config) in auto._model_mapping or f"AutoModelFor{task}" in getattr(config, "auto_map", {}):
+                return auto.from_config(config, trust_remote_code=trust_remote_code)
+        return transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _with_adapter(directory: str, **options: Any) -> nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(f"{directory} is a PEFT adapter: pip install peft") from None
+    config = peft.PeftConfig.from_pretrained(directory)
+    config.inference_mode = False
+    model = load(config.base_model_name_or_path, **options)
+    with torch.device("meta"):
+        return peft.get_peft_model(model, config)
+
+
+def _everything(model: nn.Module, rule: str) -> Routing:
+    """The routing of an element-wise rule, which takes every parameter that is trained."""
+    routes = []
+    for name, p in model.named_parameters():
+        found = (rule, "every parameter") if p.requires_grad else (None, "frozen")
+        routes.append((p, Route(name, tuple(p.shape), *found)))
+    return Routing(type(model).__name__, None, routes)
+
+
+def _row(r: Route, rates: dict[str | None, float], weight_decay: float) -> Row:
+    if r.algorithm is None:
+        return Row(r.name, 1, r.shape, "-", None, None, r.reason)
+    return Row(r.name, 1, r.shape, r.algorithm, rates[r.algorithm], weight_decay, r.reason)
+
+
+def fold(rows: Sequence[Row]) -> list[Row]:
+    """One row for the parameters that differ in nothing but numbers in their names: ``layers.{0-31}.mlp.weight``."""
+    folded: dict[tuple, list[Row]] = {}
+    for row in rows:
+        folded.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name), *row[2:]), []).append(row)
+    return [
+        same[0]._replace(name=_folded_name([row.name for row in same]), count=len(same)) for same in folded.values()
+    ]
+
+
+def _folded_name(names: Sequence[str]) -> str:
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(
+        column[0] if len(set(column)) == 1 else f"{{{_ranges(set(map(int, column)))}}}" for column in columns
+    )
+
+
+def _ranges(numbers: set[int]) -> str:
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    cells = [("parameter", "x", "shape", "rule", "lr", "weight_decay", "reason")]
+    for row in rows:
+        values = ("-" if value is None else f"{value:g}" for value in (row.lr, row.weight_decay))
+        cells.append((row.name, str(row.count), "x".join(map(str, row.shape)) or "1", row.rule, *values, row.reason))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]) - 1)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in cells
+    ]
+
+
+def _totals(routing: Routing, arguments: dict[str, Any]) -> list[str]:
+    """What each rule gets, and the memory of its states."""
+    lines, states = [routing.summary()], 0
+    for r in routing.routes:
+        if r.algorithm is not None:
+            rule = RULES[r.algorithm]
+            defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
+            states += r.numel * len(rule.state_keys(defaults | arguments))
+    lines.append(f"{sum(r.numel for r in routing.routes):,} parameters; optimizer states: {states:,} elements")
+    return lines

@@ -1,0 +1,73 @@
+"""Which matrices a parameter holds: fused projections, stacks of experts, transposed and convolutional weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How matrices ``(out_features, in_features)`` lie in a parameter of two or more dimensions.
+
+    The default is one matrix in the last two dimensions; dimensions before them are a stack of independent ones.
+
+    Attributes:
+        sizes: out_features of each matrix that is fused into the parameter, in order; empty for one matrix.
+        periods: how many times the pattern of ``sizes`` is repeated along the output dimension. The parts of one matrix
+            in all periods belong together: ``sizes=(d, d, d), periods=heads`` is q, k, v interleaved by head.
+        transposed: the last dimension is the output, as in ``x @ weight``.
+        flattened: all dimensions but the first are the input, as in a convolution.
+
+    Example:
+        >>> import torch
+        >>> from hf_cwd.matrices import Layout
+        >>> qkv = torch.arange(6.0).view(6, 1)
+        >>> [m.flatten().tolist() for m in Layout(sizes=(1, 1, 1), periods=2).matrices(qkv)]
+        [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    """
+
+    sizes: tuple[int, ...] = ()
+    periods: int = 1
+    transposed: bool = False
+    flattened: bool = False
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises ValueError where no parameter of this shape can have this layout."""
+        if len(shape) < 2:
+            raise ValueError(f"shape {tuple(shape)} holds no matrix")
+        rows = shape[0] if self.flattened else shape[-1] if self.transposed else shape[-2]
+        if self.sizes and rows != self.periods * sum(self.sizes):
+            times = f" {self.periods} times" if self.periods > 1 else ""
+            raise ValueError(
+                f"shape {tuple(shape)} has {rows} output features, not {' + '.join(map(str, self.sizes))}{times}"
+            )
+
+    def count(self, shape: Sequence[int]) -> int:
+        """How many matrices a parameter of this shape holds."""
+        return max(1, len(self.sizes)) * (1 if self.flattened else prod(shape[:-2]))
+
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """The matrices as ``(..., out_features, in_features)``; views where they lie together, else copies."""
+        return [block.flatten(-3, -2) for block in self._blocks(tensor)]
+
+    def map(self, function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        """A new contiguous tensor like ``tensor`` with ``function`` applied to each of the matrices."""
+        out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for block, place in zip(self._blocks(tensor), self._blocks(out), strict=True):
+            place.copy_(function(block.flatten(-3, -2)).reshape(place.shape))
+        return out
+
+    def as_group_value(self) -> dict[str, Any]:
+        """Plain Python, so that a state dict with it loads with ``weights_only=True``."""
+        return asdict(self)
+
+    def _blocks(self, tensor: Tensor) -> list[Tensor]:
+        """Views ``(..., periods, size, in_features)``, one for each matrix (of each member of the stack)."""
+        x = tensor.flatten(1) if self.flattened else tensor
+        x = x.mT if self.transposed else x
+        x = x.unflatten(-2, (self.periods, x.size(-2) // self.periods))
+        return list(x.split(list(self.sizes), dim=-2)) if self.sizes else [x]

@@ -1,0 +1,164 @@
+"""What a parameter is: a hidden matrix, or something that must not be orthogonalised, with the reason."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_cwd.matrices import Layout
+from hf_cwd.trainer import architectures
+
+# Parts of a module's path that other libraries put there: PEFT, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is: attribute ``name`` of ``module``, which is called ``path`` in the model."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``layout`` None and ``is_matrix``: a plain 2-D matrix. ``is_matrix`` None: not known, and the reason says why."""
+
+    is_matrix: bool | None
+    reason: str
+    layout: Layout | None = None
+
+
+def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
+    """What a parameter is, by the module that holds it and by its names; embeddings and heads are found elsewhere.
+
+    Args:
+        modules: the model's modules by path.
+    """
+    module, name, shape = place.module, place.name, tuple(p.shape)
+    layer, around = _around(place.path, modules)
+    raw = not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase))
+    if "lora_embedding" in place.path:
+        return Kind(False, "embedding (LoRA)")
+    is_vector = sum(size > 1 for size in shape) < 2
+    if raw:
+        for pattern, reason in architectures.NO_MATRIX:
+            if re.fullmatch(pattern, name):
+                return Kind(False, f"vector ({reason})" if is_vector else reason)
+    if is_vector:
+        what = "bias" if name == "bias" else "norm or scale" if raw or len(shape) < 2 else "one row or column"
+        return Kind(False, f"vector ({what})")
+    for pattern, reason in architectures.NO_HIDDEN_LAYER:
+        if any(re.fullmatch(pattern, type(m).__name__) for m in (module, *around[:2])):
+            return Kind(False, reason)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _convolution(module, shape, around)
+    if isinstance(module, nn.Linear) or _is_linear(module, name, shape):
+        return _linear(place, layer, shape, around)
+    if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': x @ weight
+        return _fused(layer, around, shape, Layout(transposed=True), "hidden matrix, transposed")
+    if isinstance(module, nn.MultiheadAttention):
+        sizes = (shape[0] // 3,) * 3 if name == "in_proj_weight" else ()
+        return _matrix("hidden matrix", "q, k, v", Layout(sizes), shape)
+    if isinstance(module, nn.RNNBase) and name.startswith("weight"):
+        gates = 1 if "_hr_" in name else GATES.get(type(module), 1)  # _hr_: the projection of an LSTM's output
+        return _matrix("recurrent matrix", "gates", Layout((shape[0] // gates,) * gates), shape)
+    if (layout := architectures.experts(module, name, shape)) is not None:
+        return _matrix("experts", "gate, up", layout, shape)
+    if (layout := architectures.matrix(module, name)) is not None:
+        return _fused(layer, around, shape, layout, "hidden matrix")
+    return Kind(None, f"no rule knows {type(module).__name__}.{name}")
+
+
+def as_named(p: Tensor) -> Kind:
+    """What a parameter of unknown kind is, once its module was named as one of matrices."""
+    if sum(size > 1 for size in p.shape) < 2:
+        return Kind(False, "vector (norm or scale)")
+    return _matrix("matrix, as named", "", Layout(), tuple(p.shape))
+
+
+def _around(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[nn.Module]]:
+    """The name of a module without other libraries' wrappers, and the modules around it, the nearest first."""
+    parts = path.split(".modules_to_save.")[0].split(".")
+    while parts and parts[-1] in WRAPPERS:
+        parts.pop()
+    outer = []
+    for end in range(len(parts) - 1, -1, -1):
+        outer.append(modules[".".join(parts[:end])])
+    return parts[-1] if parts else "", outer
+
+
+def _is_linear(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+    return name == "weight" and len(shape) == 2 and type(module).__name__.endswith("Linear")
+
+
+def _linear(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
+    if "lora_A" in place.path or "lora_B" in place.path:
+        if any(type(m).__name__ == "ParamWrapper" for m in around[:2]):
+            return Kind(False, "LoRA factors of stacked experts")
+        return Kind(True, "LoRA factor")
+    if architectures.ROUTER_LAYER.fullmatch(layer) and architectures.MOE_BLOCK.fullmatch(type(around[0]).__name__):
+        return Kind(False, "router")
+    if any(architectures.INPUT_LAYER.match(part) for part in place.path.split(".")[-2:]):
+        return Kind(False, "input layer (patch embedding)")
+    return _fused(layer, around, shape, Layout(), "hidden matrix")
+
+
+def _fused(layer: str, around: list[nn.Module], shape: tuple[int, ...], layout: Layout, reason: str) -> Kind:
+    """A matrix, cut into several where the table of fused projections has it."""
+    parts = "matrices"
+    if not layout.sizes:
+        try:
+            rows = shape[-1 if layout.transposed else -2]
+            found = architectures.fused(layer, around[0] if around else None, rows)
+        except ValueError as error:
+            return Kind(None, str(error))
+        if found is not None:
+            parts, cut = found
+            layout = dataclasses.replace(layout, sizes=cut.sizes, periods=cut.periods)
+    return _matrix(reason, parts, layout, shape)
+
+
+def _matrix(reason: str, parts: str, layout: Layout, shape: tuple[int, ...]) -> Kind:
+    if len(layout.sizes) == 1:
+        layout = dataclasses.replace(layout, sizes=())
+    if len(shape) > 2 and not layout.flattened:
+        reason += f", stack of {prod(shape[:-2])}"
+    if layout.sizes:
+        sizes = [str(size * layout.periods) for size in layout.sizes]
+        equal = len(sizes) > 3 and len(set(sizes)) == 1
+        reason += f", fused {parts} ({f'{len(sizes)} x {sizes[0]}' if equal else ' + '.join(sizes)})"
+    return Kind(True, reason, None if layout == Layout() and len(shape) == 2 else layout)
+
+
+def _convolution(module: Any, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
+    if module.transposed:
+        return Kind(False, "transposed convolution")
+    if module.groups == module.in_channels > 1:
+        return Kind(False, "depthwise convolution")
+    if module.groups == 1 and (module.in_channels <= 4 or module.in_channels in _input_channels(around)):
+        return Kind(False, "input layer (convolution of the raw input)")
+    if min(shape[0] // module.groups, prod(shape[1:])) < 2:
+        return Kind(False, "vector (one row or column)")
+    layout = Layout((shape[0] // module.groups,) * module.groups, flattened=True)
+    return _matrix("convolution, flattened", "groups", layout, shape)
+
+
+def _input_channels(around: list[nn.Module]) -> set[int]:
+    """How many channels the raw input has, as the nearest configuration tells."""
+    for module in around:
+        config = getattr(module, "config", None)
+        channels = [getattr(config, name, None) for name in ("num_channels", "in_channels", "in_chans", "num_mel_bins")]
+        if any(isinstance(number, int) for number in channels):
+            return {number for number in channels if isinstance(number, int)}
+    return set()

@@ -1,0 +1,161 @@
+"""``hf-cwd explain``: the table says what training does, without a weight in memory."""
+
+import re
+import sys
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, Trainer, TrainingArguments
+
+from hf_cwd.cli import explain, main
+from tests.trainer.conftest import TINY, tiny_llama
+
+
+@pytest.fixture
+def explained(monkeypatch, capsys):
+    """``explained(source, *flags)``: the lines that the command prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-cwd", "explain", *map(str, arguments)])
+        assert main() == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def rows(lines):
+    """The table: name to the other columns."""
+    start = next(i for i, line in enumerate(lines) if line.startswith("parameter"))
+    table = lines[start + 1 : lines.index("", start)]
+    return {name: rest for name, *rest in (re.split(r"  +", line) for line in table)}
+
+
+def test_layers_are_folded(explained, tmp_path):
+    GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=2, architectures=["GPT2LMHeadModel"]).save_pretrained(
+        tmp_path
+    )
+    lines = explained(tmp_path, "--learning_rate", 1e-3, "--weight_decay", 0.1, "--optim_args", "adamw_lr=5e-4")
+    assert lines[0] == "GPT2LMHeadModel with --optim cwd_muon"
+    table = rows(lines)
+    assert table["transformer.wte.weight"] == [
+        *("1", "64x32", "adamw", "0.0005", "0.1", "embedding, tied to the output head")
+    ]
+    assert table["transformer.h.{0-2}.attn.c_attn.weight"] == [
+        *("3", "32x96", "muon", "0.001", "0.1", "hidden matrix, transposed, fused q, k, v (32 + 32 + 32)")
+    ]
+    assert table["transformer.h.{0-2}.ln_1.bias"] == ["3", "32", "adamw", "0.0005", "0", "vector (bias)"]
+    assert len(table) == 2 + 12 + 2
+    assert lines[-2].startswith("muon: 18 matrices in 12 tensors, 36,864 parameters; adamw: 28 tensors")
+
+
+def test_it_says_what_training_does(explained, tmp_path):
+    """Every line of --all against the groups of the optimizer that a real Trainer makes from the same flags."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    flags = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.2,
+        "optim_args": "adamw_lr=2e-4",
+        "optim_target_modules": ".*mlp.*",
+    }
+    table = rows(explained(tmp_path, "--all", *(part for key, value in flags.items() for part in (f"--{key}", value))))
+    args = TrainingArguments(str(tmp_path / "out"), optim="cwd_muon", use_cpu=True, report_to="none", **flags)
+    groups = Trainer(model=model, args=args).create_optimizer().param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    trained = {names[p]: group for group in groups for p in group["params"]}
+    assert table.keys() == trained.keys()
+    for name, (_, shape, rule, lr, weight_decay, _) in table.items():
+        group = trained[name]
+        assert (rule, float(lr), float(weight_decay)) == (group["algorithm"], group["lr"], group["weight_decay"])
+        assert shape == "x".join(map(str, model.get_parameter(name).shape))
+    assert {row[-1] for name, row in table.items() if "q_proj" in name} == {"not in --optim_target_modules"}
+
+
+def test_element_wise_rules(explained, tmp_path):
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    lines = explained(tmp_path / "config.json", "--optim", "cwd_lion")
+    assert {row[2] for row in rows(lines).values()} == {"lion"}
+    assert "lion: 21 tensors" in lines[-3]
+    assert "nothing is decayed" in lines[-1]
+
+
+def test_layers_that_differ_are_told_apart(explained, tmp_path):
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=32, num_hidden_layers=5, num_experts=4, mlp_only_layers=[0, 3]
+    )
+    config.save_pretrained(tmp_path)
+    table = rows(explained(tmp_path))
+    assert table["model.layers.{0,3}.mlp.up_proj.weight"][0] == "2"
+    assert table["model.layers.{1-2,4}.mlp.gate.weight"][-1] == "router"
+    assert "experts, stack of 4, fused gate, up" in table["model.layers.{1-2,4}.mlp.experts.gate_up_proj"][-1]
+
+
+def test_large_models_from_their_configuration(explained, tmp_path):
+    """Llama 3 70B and Mixtral 8x7B in full: they would not fit, so that nothing can have been allocated."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8).save_pretrained(tmp_path)
+    lines = explained(tmp_path)
+    # embeddings and head, then 80 layers: q and o, k and v, the three of the MLP, two norms; the last norm
+    layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    total = 2 * 128256 * 8192 + 80 * (layer + 2 * 8192) + 8192
+    assert lines[-3].startswith(f"muon: 560 matrices in 560 tensors, {80 * layer:,} parameters")
+    assert lines[-2].startswith(f"{total:,} parameters")
+    MixtralConfig().save_pretrained(tmp_path)
+    assert "muon: 896 matrices in 192 tensors" in explained(tmp_path)[-3]  # 32 layers of 4, 8 experts of 3
+    assert not any(p.device.type != "meta" for p in explain.load(str(tmp_path)).parameters())
+
+
+def test_a_peft_adapter(explained, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = tiny_llama()
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "adapter")
+    table = rows(explained(tmp_path / "adapter"))
+    prefix = "base_model.model.model.layers.{0-1}.self_attn.q_proj"
+    assert table[f"{prefix}.lora_A.default.weight"][2:] == ["muon", "5e-05", "0", "LoRA factor"]
+    assert table[f"{prefix}.base_layer.weight"][2:] == ["-", "-", "-", "frozen"]
+    assert table["base_model.model.lm_head.modules_to_save.default.weight"][2:] == [
+        "adamw",
+        "5e-05",
+        "0",
+        "output head",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.json"], "'missing.json' is no configuration, model directory or Hub id"),
+        (["MODEL", "--optim_args", "betas=2:0.9"], "--optim_args: betas="),
+        (["MODEL", "--optim_target_modules", "qproj"], "--optim_target_modules 'qproj' names no matrix"),
+        (["MODEL", "--model_class", "LLama"], "has no LLama: name one by --model_class"),
+        (["MODEL", "--optim", "cwd_adam"], "invalid choice: 'cwd_adam'"),
+    ],
+)
+def test_wrong_use(arguments, message, monkeypatch, capsys, tmp_path):
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    arguments = [str(tmp_path) if argument == "MODEL" else argument for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["hf-cwd", "explain", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_matrix(monkeypatch, capsys, tmp_path):
+    config = AutoConfig.for_model("llama", **{**TINY, "num_hidden_layers": 0}, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hf-cwd", "explain", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "LlamaForCausalLM has no trainable matrix for muon" in capsys.readouterr().err
+
+
+def test_folding():
+    def row(name, shape=(2, 2)):
+        return explain.Row(name, 1, shape, "muon", 0.1, 0.1, "hidden matrix")
+
+    folded = explain.fold([row(f"layers.{i}.experts.{j}.w") for i in (0, 1, 3) for j in (0, 1)] + [row("layers.0.w")])
+    assert [(r.name, r.count) for r in folded] == [("layers.{0-1,3}.experts.{0-1}.w", 6), ("layers.0.w", 1)]
+    assert [r.name for r in explain.fold([row("a.0.w", (1, 2)), row("a.1.w")])] == ["a.0.w", "a.1.w"]
