@@ -1,10 +1,11 @@
 """Makes ``cwd_<rule>`` values of ``--optim``: real members of transformers' OptimizerNames, with handlers.
 
-transformers has no public call for this, so three things are added to it, once it is imported by whoever wants it:
-members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, and a
-check of ``optim_args`` when TrainingArguments are built, before any model is loaded.
+transformers has no public call for this, so four things are added to it, once it is imported by whoever wants it:
+members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
+of ``optim_args`` when TrainingArguments are built, before any model is loaded, and the nearest name for a wrong one.
 """
 
+import argparse
 import functools
 import importlib
 import importlib.abc
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from hf_cwd.trainer.options import check_training_arguments, handler, names
+from hf_cwd.trainer.options import PREFIX, check_training_arguments, handler, names, unknown_name
 
 _lock = threading.RLock()
 
@@ -46,6 +47,10 @@ def unregister() -> None:
             checked = arguments.TrainingArguments.__post_init__
             if hasattr(checked, "_hf_cwd_original"):
                 arguments.TrainingArguments.__post_init__ = checked._hf_cwd_original
+        parser = sys.modules.get("transformers.hf_argparser")
+        make = getattr(parser, "make_choice_type_function", None)
+        if hasattr(make, "_hf_cwd_original"):
+            parser.make_choice_type_function = make._hf_cwd_original
 
 
 def member(name: str) -> Any:
@@ -77,9 +82,32 @@ def _on_trainer_optimizer(module: ModuleType) -> None:
         getattr(module, "_OPTIMIZER_HANDLERS", {})[module.OptimizerNames(name)] = handler
 
 
+def _on_hf_argparser(module: ModuleType) -> None:
+    with _lock:
+        original = getattr(module, "make_choice_type_function", None)
+        if original is None or hasattr(original, "_hf_cwd_original"):
+            return
+
+        @functools.wraps(original)
+        def make_choice_type_function(choices: list[Any]) -> Callable[[str], Any]:
+            convert = original(choices)
+
+            def convert_or_suggest(text: str) -> Any:
+                # argparse would list some forty names, in no order, ours at the end.
+                if text.startswith(PREFIX) and text not in choices and any(name in choices for name in names()):
+                    raise argparse.ArgumentTypeError(unknown_name(text))
+                return convert(text)
+
+            return convert_or_suggest
+
+        make_choice_type_function._hf_cwd_original = original
+        module.make_choice_type_function = make_choice_type_function
+
+
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.training_args": _on_training_args,
     "transformers.trainer_optimizer": _on_trainer_optimizer,
+    "transformers.hf_argparser": _on_hf_argparser,
 }
 
 

@@ -36,6 +36,13 @@ def names() -> list[str]:
     return [PREFIX + rule for rule in RULES]
 
 
+def unknown_name(name: str) -> str:
+    """The error for a value of ``--optim`` that begins as ours do."""
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"--optim {name} does not exist.{hint} hf_cwd has {', '.join(names())}"
+
+
 class Option(NamedTuple):
     """What a key of ``--optim_args`` sets: an argument of the optimizer, and the type of its value."""
 
@@ -138,9 +145,7 @@ def check_training_arguments(args: Any) -> None:
     if not name.startswith(PREFIX):
         return
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--optim {name} does not exist.{hint} hf_cwd has {', '.join(names())}")
+        raise ValueError(unknown_name(name))
     import transformers
     from packaging.version import Version
 
@@ -202,11 +207,12 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
 
 def _check_world(args: Any) -> None:
     """Processes that were started together must train together: without a GPU transformers needs to be told."""
-    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    started = torch.distributed.get_world_size() if together else 1
     if started > 1 and args.world_size == 1:
         raise ValueError(
-            f"{started} processes were started, but TrainingArguments take each for the only one, so that every one would "
-            "train a model of its own. On a machine without accelerators add --use_cpu"
+            f"{started} processes were started, but TrainingArguments take each for the only one, so that every one "
+            "would train a model of its own. On a machine without accelerators add --use_cpu"
         )
 
 

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from transformers import HfArgumentParser, TrainingArguments, trainer_optimizer, training_args
+from transformers import HfArgumentParser, TrainingArguments, hf_argparser, trainer_optimizer, training_args
 from transformers.training_args import OptimizerNames
 
 from hf_cwd.optimizer import CWDOptimizer
@@ -35,6 +35,7 @@ def snapshot():
         {name for name in vars(OptimizerNames) if name.startswith("CWD")},
         dict(trainer_optimizer._OPTIMIZER_HANDLERS),
         TrainingArguments.__post_init__,
+        hf_argparser.make_choice_type_function,
         list(sys.meta_path),
     )
 
@@ -68,6 +69,7 @@ def test_unregistering_leaves_no_trace_and_can_be_repeated():
         assert not any("cwd" in str(name) for name in trainer_optimizer._OPTIMIZER_HANDLERS)
         assert TrainingArguments.__post_init__.__module__ == "transformers.training_args"
         assert not hasattr(TrainingArguments.__post_init__, "_hf_cwd_original")
+        assert not hasattr(hf_argparser.make_choice_type_function, "_hf_cwd_original")
         with pytest.raises(ValueError, match="is not a valid OptimizerNames"):
             OptimizerNames("cwd_adamw")
         assert OptimizerNames("adamw_torch") is OptimizerNames.ADAMW_TORCH
@@ -83,8 +85,12 @@ def test_the_argument_parser_offers_the_names(algorithm, tmp_path, capsys):
     assert arguments.optim is OptimizerNames(f"cwd_{algorithm}")
     assert arguments.to_dict()["optim"] == f"cwd_{algorithm}"
     with pytest.raises(SystemExit):
-        parser.parse_args_into_dataclasses([*command, "cwd_adamww"])
-    assert f"cwd_{algorithm}" in capsys.readouterr().err
+        parser.parse_args_into_dataclasses([*command, f"cwd_{algorithm}x"])
+    error = capsys.readouterr().err
+    assert f"--optim cwd_{algorithm}x does not exist. Did you mean cwd_{algorithm}? hf_cwd has cwd_adamw" in error
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses([*command, "adam"])
+    assert "invalid choice: 'adam'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

@@ -123,8 +123,10 @@ def test_contradictions_and_what_cannot_be_honoured(arguments):
     with pytest.raises(ValueError, match="adamw_eps=1e-09 in --optim_args contradicts --adam_epsilon"):
         arguments(optim="cwd_muon", adam_epsilon=1e-6, optim_args="adamw_eps=1e-9")
     assert arguments(optim="cwd_adamw", adam_beta2=0.95, optim_args="betas=0.9:0.95")
-    with pytest.raises(ValueError, match="optim_target_modules has no effect on cwd_muon"):
-        arguments(optim="cwd_muon", optim_target_modules="all-linear")
+    with pytest.raises(ValueError, match="optim_target_modules has no effect on cwd_adamw, which takes any module"):
+        arguments(optim="cwd_adamw", optim_target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"optim_target_modules '\*proj' is not a regular expression"):
+        arguments(optim="cwd_muon", optim_target_modules="*proj")
     with pytest.raises(ValueError, match=r"weight_decay=-0.1 is not valid"):
         arguments(optim="cwd_lion", weight_decay=-0.1)
     with pytest.raises(ValueError, match=r"betas=\(0.9, 1.0\) is not valid"):
