@@ -35,16 +35,20 @@ class Layout:
     transposed: bool = False
     flattened: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))  # a list, where a state dict went through JSON
+
     def check(self, shape: Sequence[int]) -> None:
         """Raises ValueError where no parameter of this shape can have this layout."""
         if len(shape) < 2:
             raise ValueError(f"shape {tuple(shape)} holds no matrix")
+        if self.periods < 1 or any(size < 1 for size in self.sizes):
+            raise ValueError(f"sizes {self.sizes} and periods {self.periods} must be positive")
         rows = shape[0] if self.flattened else shape[-1] if self.transposed else shape[-2]
-        if self.sizes and rows != self.periods * sum(self.sizes):
-            times = f" {self.periods} times" if self.periods > 1 else ""
-            raise ValueError(
-                f"shape {tuple(shape)} has {rows} output features, not {' + '.join(map(str, self.sizes))}{times}"
-            )
+        if rows % self.periods or (self.sizes and rows != self.periods * sum(self.sizes)):
+            wanted = " + ".join(map(str, self.sizes)) or "..."
+            wanted = f"{self.periods} x ({wanted})" if self.periods > 1 else wanted
+            raise ValueError(f"shape {tuple(shape)} has {rows} output features, not {wanted}")
 
     def count(self, shape: Sequence[int]) -> int:
         """How many matrices a parameter of this shape holds."""

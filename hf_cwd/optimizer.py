@@ -230,7 +230,7 @@ def _rule(name: str) -> Rule:
 
 def _checked_layout(layout: Any, name: str, p: Tensor) -> None:
     try:
-        Layout(**layout).check(p.shape)
+        Layout(**layout).check(p.shape)  # TypeError: no dict, or a key that a Layout has not
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
 

@@ -69,8 +69,9 @@ class CWDMuon(CWDOptimizer):
     """Muon with cautious weight decay for matrices (arXiv 2510.12402, Algorithm 5), CWD-AdamW for the rest.
 
     The recursion is that of :mod:`hf_cwd.rules.muon`; argument names are torch.optim.Muon's, whose state dicts load
-    here. Only 2-D parameters may be in a Muon group; ``routing=hf_cwd.route(model)`` gives embeddings, heads and
-    vectors to groups with ``algorithm="adamw"``. States: ``step``, ``exp_avg``; those of AdamW in its groups.
+    here. A Muon group takes 2-D parameters, and with a ``layout`` those that hold several matrices
+    (:class:`hf_cwd.matrices.Layout`); ``routing=hf_cwd.route(model)`` makes the groups, and gives embeddings, heads and
+    vectors to some with ``algorithm="adamw"``. States: ``step``, ``exp_avg``; those of AdamW in its groups.
 
     Args:
         ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES, Rule
 
 # Keys of torch.optim's groups that choose an implementation there; ours is the kernel= option.
@@ -31,7 +32,7 @@ def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any
                 f"the saved state is of rule {saved['algorithm']!r}, the optimizer's is {algorithm!r}: "
                 "continue with the optimizer that saved it"
             )
-        if saved.get("layout", own.get("layout")) != own.get("layout"):
+        if "layout" in saved and _layout(saved) != _layout(own):
             raise ValueError(
                 f"the saved optimizer took layout={saved['layout']!r} from parameters that are now routed as "
                 f"{own['layout']!r}: continue with the --optim_target_modules, model and package that saved it"
@@ -46,6 +47,10 @@ def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any
             if index in states:
                 states[index] = _adopt_state(states[index], rule, rule.state_keys(group), index)
     return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _layout(group: Mapping[str, Any]) -> Layout | None:
+    return None if group.get("layout") is None else Layout(**group["layout"])
 
 
 def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], index: int) -> dict[str, Any]:

@@ -78,6 +78,11 @@ FUSED: tuple[Fused, ...] = (
     Fused("qkv", ".*", QKV, _equal(3)),
     Fused("Wqkv", "DbrxAttention", QKV, _q_and_kv(lambda a: a.hidden_size)),
     Fused("Wqkv", "MptAttention|ModernBertAttention", QKV, _equal(3)),
+    Fused("att_proj|qkv_linear", "BarkSelfAttention|LayoutLMv2SelfAttention", QKV, _equal(3)),
+    Fused(
+        "q_proj", "Qwen(3Next|3_5|3_5Moe|4ExpText)Attention", "q, gate by head",
+        lambda a, rows: ((a.head_dim, a.head_dim), rows // a.head_dim // 2),
+    ),
     Fused("c_attn", "GPTBigCodeAttention", QKV, _bigcode),
     Fused("c_attn", ".*", QKV, lambda a, rows: ((a.split_size,) * (rows // a.split_size), 1)),
     Fused("query_key_value", "FalconAttention", QKV, _falcon),
@@ -98,7 +103,10 @@ FUSED: tuple[Fused, ...] = (
     Fused("input_linear", "GraniteMoe.*(MLP|MoE)|JetMoeMoE", GATE_UP, _equal(2)),
     Fused("fc1", "AriaExperts", GATE_UP, _equal(2)),
     Fused("Wi", "ModernBert.*MLP", GATE_UP, _equal(2)),
+    Fused("fc1", "Moonshine(Streaming)?DecoderMLP", GATE_UP, _equal(2)),
+    Fused("proj", "ClvpGatedLinearUnit", GATE_UP, _equal(2)),
     Fused("proj_up_gate_z", "xLSTMFeedForward", GATE_UP, _equal(2)),
+    Fused("linear_1", "(AyaVision|Cohere2Vision)MultiModalProjector", "x, gate", _equal(2)),
     Fused("in_proj", "Lfm.*ShortConv", "B, C, x", _equal(3)),
     Fused("in_proj", MAMBA1, "x, gate", _equal(2)),
     Fused("in_proj", "ZambaMambaMixer", "x, gate in turn", lambda a, rows: ((1, 1), rows // 2)),
@@ -182,7 +190,7 @@ def matrix(module: nn.Module, name: str) -> Layout | None:
 def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
     """The layout of a stack of experts' weights ``(experts, ., .)``, None if it is not one.
 
-    Transformers' experts say how they lie; those of Llama 4 and, before transformers 5.4, GPT-OSS do not.
+    Transformers' experts say how they lie; those of Llama 4 do not, nor did GPT-OSS's at first that they alternate.
     """
     kind = type(module).__name__
     if (

@@ -56,17 +56,17 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
             if re.fullmatch(pattern, name):
                 return Kind(False, f"vector ({reason})" if is_vector else reason)
     if is_vector:
-        what = "bias" if name == "bias" else "norm or scale" if raw or len(shape) < 2 else "one row or column"
+        what = "bias" if name.startswith("bias") else "norm or scale" if raw or len(shape) < 2 else "one row or column"
         return Kind(False, f"vector ({what})")
     for pattern, reason in architectures.NO_HIDDEN_LAYER:
         if any(re.fullmatch(pattern, type(m).__name__) for m in (module, *around[:2])):
             return Kind(False, reason)
     if isinstance(module, nn.modules.conv._ConvNd):
-        return _convolution(module, shape, around)
+        return _convolution(place, module, shape, around)
     if isinstance(module, nn.Linear) or _is_linear(module, name, shape):
         return _linear(place, layer, shape, around)
     if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': x @ weight
-        return _fused(layer, around, shape, Layout(transposed=True), "hidden matrix, transposed")
+        return _fused(layer, around, shape, Layout(transposed=True), "hidden matrix")
     if isinstance(module, nn.MultiheadAttention):
         sizes = (shape[0] // 3,) * 3 if name == "in_proj_weight" else ()
         return _matrix("hidden matrix", "q, k, v", Layout(sizes), shape)
@@ -132,6 +132,8 @@ def _fused(layer: str, around: list[nn.Module], shape: tuple[int, ...], layout: 
 def _matrix(reason: str, parts: str, layout: Layout, shape: tuple[int, ...]) -> Kind:
     if len(layout.sizes) == 1:
         layout = dataclasses.replace(layout, sizes=())
+    if layout.transposed:
+        reason += ", transposed"
     if len(shape) > 2 and not layout.flattened:
         reason += f", stack of {prod(shape[:-2])}"
     if layout.sizes:
@@ -141,12 +143,14 @@ def _matrix(reason: str, parts: str, layout: Layout, shape: tuple[int, ...]) -> 
     return Kind(True, reason, None if layout == Layout() and len(shape) == 2 else layout)
 
 
-def _convolution(module: Any, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
+def _convolution(place: Place, module: Any, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
     if module.transposed:
         return Kind(False, "transposed convolution")
     if module.groups == module.in_channels > 1:
         return Kind(False, "depthwise convolution")
-    if module.groups == 1 and (module.in_channels <= 4 or module.in_channels in _input_channels(around)):
+    # A LoRA factor has as few channels as its rank.
+    raw = module.in_channels <= 4 or module.in_channels in _input_channels(around)
+    if module.groups == 1 and raw and "lora_" not in place.path:
         return Kind(False, "input layer (convolution of the raw input)")
     if min(shape[0] // module.groups, prod(shape[1:])) < 2:
         return Kind(False, "vector (one row or column)")

@@ -34,9 +34,7 @@ class Targets:
         """The kind of a parameter, no longer a matrix outside the named modules."""
         entries = [entry for entry in self._entries if any(self._names(entry, place) for place in places)]
         if found.is_matrix is None:
-            found = (
-                as_named(p, places[0]) if entries else Kind(False, f"not in --optim_target_modules ({found.reason})")
-            )
+            found = as_named(p) if entries else Kind(False, f"{OUTSIDE} ({found.reason})")
         for entry in entries:
             if found.is_matrix:
                 self._used[entry] = True
