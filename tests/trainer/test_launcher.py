@@ -1,76 +1,216 @@
-"""``python -m hf_cwd``, and DDP through torchrun: scripts that know nothing of us, in real processes."""
+"""``python -m hf_cwd`` and every launcher: scripts that know nothing of us, in real processes."""
 
+import importlib.util
 import json
 import os
-import subprocess
-import sys
+import shutil
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-import hf_cwd.__main__ as launcher
+from hf_cwd import launcher
+from tests.launching import ROOT, finish, flags, free_port, launch, start, write_material
 
-HERE = Path(__file__).parent
-
-
-def launch(*command, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
+SCRIPTS = Path(__file__).parent / "scripts"
+LAUNCHED = ("-m", "hf_cwd")
+COMMANDS = Path(sysconfig.get_path("scripts"))
 
 
-def test_an_unmodified_script(tmp_path):
-    """It parses --optim with HfArgumentParser, trains, resumes, and finds itself as if run directly."""
-    script = HERE / "scripts" / "unmodified.py"
-    assert "hf_cwd" not in script.read_text()
-    command = ["--output_dir", tmp_path / "out", "--optim", "cwd_muon", "--optim_args", "nesterov=false", "--use_cpu"]
-    result = launch("-m", "hf_cwd", script, *command, cwd=tmp_path)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["optimizer"] == "CWDMuon"
-    assert report["argv"] == [str(script), *map(str, command)]
-    assert report["path0"] == str(script.parent)
-    assert (report["name"], report["file"]) == ("__main__", str(script))
-    assert report["losses"][-1] < report["losses"][0]
-    assert report["worker_batches"] > 0
-    assert "[hf_cwd] cwd_muon lr=" in result.stderr
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder)
+    return folder
 
 
-def test_a_module(tmp_path, capsys, monkeypatch):
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "tool.py").write_text("import sys; print(__name__, sys.argv[1:])")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["hf_cwd", "-m", "package.tool", "--flag"])
-    launcher.main()
-    assert capsys.readouterr().out == "__main__ ['--flag']\n"
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory):
+    """scripts/probe.py, link.py to it, a package, a directory and a zip file with it; a place to stand in."""
+    folder = tmp_path_factory.mktemp("probes")
+    for name, target in {"scripts": "probe.py", "work/package": "probe.py", "directory": "__main__.py"}.items():
+        (folder / name).mkdir(parents=True)
+        shutil.copy(SCRIPTS / "probe.py", folder / name / target)
+        (folder / name / "beside.py").touch()
+    (folder / "work/package/__init__.py").write_text("import sys; ARGV = list(sys.argv)")
+    (folder / "work/beside.py").touch()
+    (folder / "work/link.py").symlink_to("../scripts/probe.py")
+    with zipfile.ZipFile(folder / "work/archive.zip", "w") as archive:
+        archive.write(SCRIPTS / "probe.py", "__main__.py")
+        archive.writestr("beside.py", "")
+    # Python imports sitecustomize before it runs anything, as an environment's tools may import dill.
+    (folder / "home").mkdir()
+    (folder / "home/sitecustomize.py").write_text("import at_start")
+    (folder / "home/at_start.py").write_text("import __main__; MAIN = __main__")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["../scripts/probe.py", "processes", "--flag=1"],
+        ["./link.py"],
+        ["-m", "package.probe", "processes", "-m", "x"],
+        ["../directory/", "--flag"],
+        ["archive.zip"],
+    ],
+    ids=lambda command: Path(command[0]).name,
+)
+def test_a_script_sees_what_it_sees_when_run_directly(probes, tmp_path, command):
+    ways = {"direct": (), "launched": LAUNCHED}
+    if "processes" in command:
+        ways["command"] = ("-c", "from hf_cwd.cli import main; main()", "run")
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(probes / "home"), os.environ.get("PYTHONPATH")]))}
+    started = {
+        way: start(*prefix, *command, cwd=probes / "work", REPORT=str(tmp_path / way), **environment)
+        for way, prefix in ways.items()
+    }
+    for process in started.values():
+        result = finish(process)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    direct, *others = (json.loads((tmp_path / way).read_text()) for way in ways)
+    assert direct["main"] == [True, True]
+    assert direct["argv"][1:] == command[2 if command[0] == "-m" else 1 :]
+    assert ("map" in direct) == ("spawned" in direct) == ("processes" in command)
+    for other in others:
+        assert other == direct
+
+
+def test_errors_and_endings_are_those_of_a_direct_run(tmp_path):
+    """Same output, same tracebacks, same exit status, for a script and for a module."""
+    (tmp_path / "broken.py").write_text("x = 1\nif x\n")
+    shutil.copy(SCRIPTS / "ends.py", tmp_path)
+    endings = ("error", "hook", "hook exits", "message", "status", "interrupt")
+    commands = [["ends.py", ending] for ending in endings]
+    commands += [["broken.py"], ["-m", "ends", "error"], ["-m", "nowhere"]]
+    statuses = {"message": 1, "status": 3, "hook exits": 7, "interrupt": -2}
+    pairs = [[start(*way, *command, cwd=tmp_path) for way in ((), LAUNCHED)] for command in commands]
+    for command, pair in zip(commands, pairs, strict=True):
+        direct, launched = map(finish, pair)
+        assert direct.returncode == launched.returncode == statuses.get(command[-1], 1), command
+        if command[0] == "-m":  # the interpreter shows its own way to the module, and we do not
+            lines = [line for line in direct.stderr.splitlines(True) if "<frozen runpy>" not in line]
+            direct.stderr = "".join(lines)
+        assert (launched.stdout, launched.stderr) == (direct.stdout, direct.stderr)
+        assert direct.stdout + direct.stderr or command[-1] == "hook exits"
+
+
+def test_a_flag_before_the_script_becomes_its_first_argument(tmp_path):
+    """DeepSpeed's launcher puts --local_rank there."""
+    (tmp_path / "tool.py").write_text("import sys; print(sys.argv, sys.path[0])")
+    script = launch(*LAUNCHED, "--local_rank=0", "--x=", "tool.py", "--y", cwd=tmp_path, PYTHONSAFEPATH="")
+    assert script.stdout == f"{['tool.py', '--local_rank=0', '--x=', '--y']} {tmp_path}\n"
+    (tmp_path / "elsewhere").mkdir()
+    command = ("-P", *LAUNCHED, "--local_rank=0", "-m", "tool", "--y")  # -P: nothing goes before PYTHONPATH
+    module = launch(*command, cwd=tmp_path / "elsewhere", PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    assert module.stdout == f"{[str(tmp_path / 'tool.py'), '--local_rank=0', '--y']} {ROOT}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.py", "--optim", "cwd_adamw"], "there is no script 'missing.py'"),
+        (["missing.py", "--optim", "cwd_adamw"], "there is no script 'missing.py' in {cwd}"),
         (["-m"], "-m needs the name of a module"),
-        ([], "2"),
-        (["--help"], "0"),
+        ([], "no script given"),
+        (["--x=1"], "no script given"),
+        (["--local_rank", "0", "script.py"], "'--local_rank' before the script: write --name=value"),
+        (["-x=1", "script.py"], "'-x=1' before the script"),
     ],
 )
-def test_wrong_use(arguments, message, monkeypatch, tmp_path):
+def test_wrong_use(arguments, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["hf_cwd", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        launcher.main()
-    assert message in str(stopped.value.code)
+        launcher.main(arguments)
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("usage: python -m hf_cwd")
+    assert f"python -m hf_cwd: error: {message.format(cwd=tmp_path)}" in errors
+
+
+def test_help(capsys):
+    launcher.main(["--help"], program="hf-cwd run")
+    assert capsys.readouterr().out.startswith("usage: hf-cwd run [--name=value ...] SCRIPT.py")
+
+
+def reports(folder):
+    """What each rank of `unmodified.py` wrote; all of them must have trained with our optimizer."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
+    for report in found:
+        assert (report["optimizer"], report["name"]) == ("CWDMuon", "__main__")
+        assert report["losses"][-1] < report["losses"][0]
+    return found
+
+
+def test_one_process(material, tmp_path):
+    """Scripts that parse --optim with HfArgumentParser, map their data in processes, evaluate, start workers."""
+    script = SCRIPTS / "unmodified.py"
+    assert "hf_cwd" not in script.read_text()
+    (tmp_path / "package").mkdir()
+    shutil.copy(script, tmp_path / "package/module.py")
+    (tmp_path / "importing.py").write_text(f"import hf_cwd\n{script.read_text()}")
+    workers = ["--dataloader_num_workers", "1", "--eval_strategy", "no"]  # each worker imports transformers anew
+    ways = {
+        "script": [*LAUNCHED, script, *flags(material, output_dir="script"), *workers],
+        "module": [*LAUNCHED, "-m", "package.module", *flags(material, output_dir="module")],
+        "import": ["importing.py", *flags(material, output_dir="import")],
+    }
+    started = {way: start(*command, cwd=tmp_path, HF_HOME=str(tmp_path / "home")) for way, command in ways.items()}
+    losses = {}
+    for way, process in started.items():
+        result = finish(process)
+        assert result.returncode == 0, result.stderr
+        assert "[hf_cwd] cwd_muon lr=" in result.stderr
+        assert "nesterov=False" in result.stderr
+        (report,) = reports(tmp_path / way)
+        assert report["world_size"] == 1
+        assert bool(report["worker_batches"]) == (way == "script")
+        assert len(report["accuracies"]) == (way != "script")
+        losses[way] = report["losses"]
+    assert losses["script"] == losses["module"] == losses["import"]
+
+
+def test_a_script_that_nobody_here_wrote(material, tmp_path):
+    """TRL's own sft.py, where it is installed."""
+    script = Path(importlib.util.find_spec("trl").origin).parent / "scripts/sft.py"
+    options = ["--model_name_or_path", material / "model", "--dataset_name", material / "data", "--use_cpu"]
+    options += ["--bf16", "false", "--max_steps", 2, "--weight_decay", 0.1, "--max_length", 32, "--report_to", "none"]
+    result = launch(*LAUNCHED, script, "--optim", "cwd_lion", "--output_dir", "sft", *options, cwd=tmp_path)
+    assert "[hf_cwd] cwd_lion lr=" in result.stderr
+    saved = torch.load(tmp_path / "sft/checkpoint-2/optimizer.pt", weights_only=True)
+    assert {group["algorithm"] for group in saved["param_groups"]} == {"lion"}
+
+
+ACCELERATE = (COMMANDS / "accelerate", "launch", "--main_process_port", 0)
+LAUNCHERS = {
+    # On a CPU, too: MULTI_CPU and --cpu start a single process, without a word.
+    "accelerate": [*ACCELERATE, "--multi_gpu", "--num_processes", 2, *LAUNCHED],
+    "accelerate's file": [*ACCELERATE, "--config_file", ROOT / "configs/accelerate/ddp.yaml", *LAUNCHED],
+    "torchrun": [COMMANDS / "torchrun", "--standalone", "--nproc_per_node", 2, *LAUNCHED],
+    "deepspeed": [COMMANDS / "deepspeed", "--num_gpus", 2, "--master_port", "{port}", "--module", "hf_cwd"],
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_processes(name, material, tmp_path):
+    command = [str(part).format(port=free_port()) for part in LAUNCHERS[name]]
+    options = flags(material, output_dir="out")
+    environment = {"HF_HOME": str(tmp_path / "home"), "DS_ACCELERATOR": "cpu"}
+    result = launch(*command, SCRIPTS / "unmodified.py", *options, cwd=tmp_path, **environment)
+    ranks = reports(tmp_path / "out")
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    local_rank = [[f"--local_rank={i}"] if name == "deepspeed" else [] for i in range(2)]
+    assert [rank["argv"][1:] for rank in ranks] == [local_rank[0] + options, local_rank[1] + options]
+    assert ranks[0]["accuracies"] == ranks[1]["accuracies"] != []
+    assert result.stderr.count("[hf_cwd] cwd_muon lr=") == 1
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
     """Every rule under DDP on gloo, in fp64 so that the order of a sum cannot flip a sign."""
-    script = HERE / "scripts" / "ddp.py"
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    launch(*torchrun, "-m", "hf_cwd", script, tmp_path / "two", cwd=tmp_path)
+    script = SCRIPTS / "ddp.py"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(*torchrun, *LAUNCHED, script, tmp_path / "two", cwd=tmp_path)
     launch(script, tmp_path / "one", cwd=tmp_path)
     (one,) = [torch.load(path) for path in tmp_path.glob("one-*")]
     ranks = [torch.load(path) for path in sorted(tmp_path.glob("two-*"))]

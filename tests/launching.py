@@ -1,0 +1,89 @@
+"""Real processes, and what a training script needs in a place without a hub."""
+
+import json
+import lzma
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.trainer.conftest import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def start(*command, cwd, python=sys.executable, **environment) -> subprocess.Popen:
+    """Starts `python command...`; collect it with :func:`finish`."""
+    return subprocess.Popen(
+        [str(python), *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        output, errors = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def flags(folder: Path, **changes) -> list[str]:
+    """Arguments of a script that trains on :func:`write_material`, for a few steps."""
+    defaults = {
+        "model_name_or_path": folder / "model",
+        "train_file": folder / "train.txt",
+        "validation_file": folder / "valid.txt",
+        "metric": ROOT / "scripts/metrics/token_accuracy.py",
+        "optim": "cwd_muon",
+        "optim_args": "nesterov=false",
+        "weight_decay": 0.1,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "eval_strategy": "epoch",
+        "remove_unused_columns": "false",
+        "report_to": "none",
+        "use_cpu": "true",
+    }
+    return [str(part) for key, value in (defaults | changes).items() for part in (f"--{key}", value)]
+
+
+def launch(*command, cwd, **options) -> subprocess.CompletedProcess:
+    """Runs `python command...` to its end, which must be a good one."""
+    result = finish(start(*command, cwd=cwd, **options))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def write_material(folder: Path) -> None:
+    """train.txt, valid.txt, data/train.jsonl: some of the demo corpus; model/: a tiny Llama and its tokenizer."""
+    with lzma.open(ROOT / "scripts/corpus/sotu.jsonl.xz", "rt", encoding="utf-8") as corpus:
+        lines = [json.loads(line)["text"][:1000] for line, _ in zip(corpus, range(24), strict=False)]
+    (folder / "train.txt").write_text("\n".join(lines[4:]), encoding="utf-8")
+    (folder / "valid.txt").write_text("\n".join(lines[:4]), encoding="utf-8")
+    (folder / "data").mkdir()
+    rows = (json.dumps({"text": line}) for line in lines)
+    (folder / "data" / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": ["<eos>"]}
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=320, show_progress=False, **options))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "model")
+    tiny_llama(vocab_size=320).save_pretrained(folder / "model")
