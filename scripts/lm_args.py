@@ -1,12 +1,16 @@
-"""The arguments of `pretrain.py`: run_clm.py's names where they exist, and every flag of TrainingArguments."""
+"""Arguments: run_clm.py's names where they exist, and every flag of TrainingArguments; shared by the scripts."""
 
 import json
+import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
+import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,7 +20,7 @@ class UsageError(ValueError):
     """A mistake of the caller's; the message names the value and the fix."""
 
 
-def _flag(help_text: str, default=None, **metadata):
+def flag(help_text: str, default=None, **metadata):
     return field(default=default, metadata={"help": help_text, **metadata})
 
 
@@ -24,58 +28,73 @@ def _flag(help_text: str, default=None, **metadata):
 class ModelArguments:
     """Which model and tokenizer."""
 
-    model_name_or_path: str | None = _flag("Go on from these weights: a directory or Hub id.")
-    config_name: str | None = _flag("Start from scratch: a JSON file, a directory or a Hub id.")
-    config_overrides: str | None = _flag("Changes to --config_name, e.g. hidden_size=64,num_hidden_layers=2.")
-    tokenizer_name: str | None = _flag("A directory or Hub id; the model's own by default.")
-    train_tokenizer_vocab_size: int | None = _flag("Train a byte-level BPE of this size on the training documents.")
-    dtype: str = _flag(
+    model_name_or_path: str | None = flag("Go on from these weights: a directory or Hub id.")
+    config_name: str | None = flag("Start from scratch: a JSON file, a directory or a Hub id.")
+    config_overrides: str | None = flag("Changes to --config_name, e.g. hidden_size=64,num_hidden_layers=2.")
+    tokenizer_name: str | None = flag("A directory or Hub id; the model's own by default.")
+    train_tokenizer_vocab_size: int | None = flag("Train a byte-level BPE of this size on the training documents.")
+    dtype: str = flag(
         "Type of the weights; mixed precision (--bf16) wants float32 here.",
         "float32",
         choices=["auto", "bfloat16", "float16", "float32"],
     )
-    cache_dir: str | None = _flag("Where downloads and tokenised data are kept.")
-    model_revision: str = _flag("Branch, tag or commit of the model.", "main")
-    token: str | None = _flag("Hub token; by default the one of `hf auth login`.")
-    trust_remote_code: bool = _flag("Run code that comes with the model.", False)
+    cache_dir: str | None = flag("Where downloads and tokenised data are kept.")
+    model_revision: str = flag("Branch, tag or commit of the model.", "main")
+    token: str | None = flag("Hub token; by default the one of `hf auth login`.")
+    trust_remote_code: bool = flag("Run code that comes with the model.", False)
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
+    """Which data."""
+
+    dataset_name: str | None = flag("A Hub id or a local directory.")
+    dataset_config_name: str | None = flag("The configuration of --dataset_name.")
+    train_file: str | None = flag("A txt, json(l), csv or parquet file; .xz, .gz, .bz2 and .zst are read as they are.")
+    validation_file: str | None = flag("Held-out data; by default whole documents (rows) of the training data.")
+    sample_by: str = flag("What one document is in a txt file.", "line", choices=["line", "paragraph", "document"])
+    validation_split_percentage: int = flag("Share of the documents (rows) to hold out.", 5)
+    max_train_samples: int | None = flag("Use only the first so many training blocks (rows).")
+    max_eval_samples: int | None = flag("Use only the first so many held-out blocks (rows).")
+
+
+@dataclass
+class DataArguments(SourceArguments):
     """Which documents, and how they become blocks."""
 
-    dataset_name: str | None = _flag("A Hub id or a local directory.")
-    dataset_config_name: str | None = _flag("The configuration of --dataset_name.")
-    train_file: str | None = _flag("A txt, json(l), csv or parquet file; .xz, .gz, .bz2 and .zst are read as they are.")
-    validation_file: str | None = _flag("Held-out documents; by default whole training documents are held out.")
-    text_column: str = _flag("The column that holds the text.", "text")
-    sample_by: str = _flag("What one document is in a txt file.", "line", choices=["line", "paragraph", "document"])
-    block_size: int | None = _flag("Tokens in a block; by default the model's positions, at most 1024.")
-    validation_split_percentage: int = _flag("Share of the documents to hold out.", 5)
-    max_train_samples: int | None = _flag("Use only the first so many training blocks.")
-    max_eval_samples: int | None = _flag("Use only the first so many held-out blocks.")
-    preprocessing_num_workers: int | None = _flag("Processes that tokenise.")
-    overwrite_cache: bool = _flag("Tokenise again even where a cached result exists.", False)
+    text_column: str = flag("The column that holds the text.", "text")
+    block_size: int | None = flag("Tokens in a block; by default the model's positions, at most 1024.")
+    preprocessing_num_workers: int | None = flag("Processes that tokenise.")
+    overwrite_cache: bool = flag("Tokenise again even where a cached result exists.", False)
+
+
+def parse_flags(argv: Sequence[str] | None, kinds: tuple[type, ...], description: str, **defaults) -> list:
+    """One instance of each dataclass; a .json or .yaml file may come first, and flags after it win over its values."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = [*_flags_of_file(argv[0]), *argv[1:]]
+    parser = HfArgumentParser(kinds, description=description)
+    parser.set_defaults(**defaults)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise UsageError(f"unknown arguments: {' '.join(unknown)}; see --help")
+    return parsed
+
+
+def check_source(data: SourceArguments) -> None:
+    if (data.dataset_name is None) == (data.train_file is None):
+        raise UsageError("no data, or two: give exactly one of --dataset_name and --train_file")
 
 
 def parse(argv: Sequence[str] | None, description: str) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=description)
-    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = _flags_of_file(argv[0])
-    model, data, training, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise UsageError(f"unknown arguments: {' '.join(unknown)}; see --help")
+    model, data, training = parse_flags(argv, (ModelArguments, DataArguments, TrainingArguments), description)
     if (model.config_name is None) == (model.model_name_or_path is None):
         raise UsageError("give exactly one of --config_name (from scratch) and --model_name_or_path (its weights)")
     if model.config_overrides and model.config_name is None:
         raise UsageError("--config_overrides changes a --config_name; the shape of --model_name_or_path is fixed")
     if model.tokenizer_name and model.train_tokenizer_vocab_size:
         raise UsageError("give only one of --tokenizer_name and --train_tokenizer_vocab_size")
-    if (data.dataset_name is None) == (data.train_file is None):
-        raise UsageError("no data, or two: give exactly one of --dataset_name and --train_file")
+    check_source(data)
     return model, data, training
 
 
@@ -110,3 +129,16 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if not (Path(found) / "trainer_state.json").is_file():
         raise UsageError(f"--resume_from_checkpoint {wanted}: {found} is no checkpoint of the Trainer")
     return found
+
+
+def set_up_logging(training: TrainingArguments) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    level = training.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    if training.disable_tqdm or not training.should_log:
+        datasets.disable_progress_bars()
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # e^710 overflows

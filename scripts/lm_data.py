@@ -1,10 +1,10 @@
-"""Documents in, blocks of tokens out: what `pretrain.py` does to its data before training."""
+"""Data in, and blocks of tokens out for `pretrain.py`."""
 
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from datasets.fingerprint import Hasher
-from lm_args import DataArguments, UsageError
+from lm_args import DataArguments, SourceArguments, UsageError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -24,14 +24,20 @@ def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
     return load_dataset(LOADERS[suffix], data_files=path, split="train", cache_dir=cache_dir, **options)
 
 
-def load_documents(args: DataArguments, *, cache_dir: str | None, token: str | None) -> tuple[Dataset, Dataset]:
-    """Training and held-out documents; where the data has no validation part, whole documents are held out."""
+def load_rows(args: SourceArguments, *, cache_dir: str | None, token: str | None) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and the held-out ones where the data or --validation_file has some."""
     if args.dataset_name is not None:
         train, validation = _load_named(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir, token=token)
     else:
         train, validation = load_file(args.train_file, sample_by=args.sample_by, cache_dir=cache_dir), None
     if args.validation_file is not None:
         validation = load_file(args.validation_file, sample_by=args.sample_by, cache_dir=cache_dir)
+    return train, validation
+
+
+def load_documents(args: DataArguments, *, cache_dir: str | None, token: str | None) -> tuple[Dataset, Dataset]:
+    """Training and held-out documents; where the data has no validation part, whole documents are held out."""
+    train, validation = load_rows(args, cache_dir=cache_dir, token=token)
     for part in (train, validation):
         if part is not None and args.text_column not in part.column_names:
             columns = ", ".join(part.column_names)
@@ -39,6 +45,11 @@ def load_documents(args: DataArguments, *, cache_dir: str | None, token: str | N
     if validation is None:
         train, validation = hold_out(train, percentage=args.validation_split_percentage)
     return train, validation
+
+
+def first(rows: Dataset, number: int | None) -> Dataset:
+    """The first `number` rows, all of them where it is None."""
+    return rows if number is None else rows.select(range(min(len(rows), number)))
 
 
 def _load_named(name: str, config: str | None, *, cache_dir: str | None, token: str | None):

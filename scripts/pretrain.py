@@ -8,21 +8,19 @@ From scratch, with a tokenizer trained on the documents:
         --optim cwd_adamw --learning_rate 3e-3 --weight_decay 0.1 --max_steps 400
 
 It always trains, then evaluates on the held-out documents and saves the model. Field names are those of transformers'
-`run_clm.py`; every flag of TrainingArguments works; one positional .json or .yaml file may stand for all flags.
+`run_clm.py`; every flag of TrainingArguments works; a .json or .yaml file of flags may come first.
 """
 
-import logging
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import evaluate
 import torch
 import transformers
-from lm_args import UsageError, find_checkpoint, parse
-from lm_data import load_documents, pack
+from lm_args import UsageError, find_checkpoint, parse, perplexity, set_up_logging
+from lm_data import first, load_documents, pack
 from lm_model import check_sizes, load_config, load_model, load_tokenizer
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
@@ -65,15 +63,6 @@ def trained_tokens(trainer: Trainer, first_step: int, block_size: int) -> int:
     return (seen(trainer.state.global_step) - seen(first_step)) * block_size
 
 
-def set_up_logging(training: TrainingArguments) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    level = training.get_process_log_level()
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-    if training.disable_tqdm or not training.should_log:
-        datasets.disable_progress_bars()
-
-
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> dict:
     """Train, evaluate and save; the metrics. UsageError, a ValueError, is raised for what the caller can mend."""
     model_args, data_args, training = parse(argv, __doc__.splitlines()[0])
@@ -90,10 +79,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
             pack(part, tokenizer, data_args, block_size=block_size, part=name)
             for part, name in zip(documents, ("training", "held-out"), strict=True)
         )
-    if data_args.max_train_samples is not None:
-        train = train.select(range(min(len(train), data_args.max_train_samples)))
-    if data_args.max_eval_samples is not None:
-        validation = validation.select(range(min(len(validation), data_args.max_eval_samples)))
+    train, validation = first(train, data_args.max_train_samples), first(validation, data_args.max_eval_samples)
 
     # Before the model: the Trainer seeds again, which is too late for the initial weights.
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
@@ -119,7 +105,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
     trainer.save_metrics("train", metrics)
 
     evaluation = trainer.evaluate()
-    evaluation["perplexity"] = math.exp(evaluation["eval_loss"]) if evaluation["eval_loss"] < 700 else math.inf
+    evaluation["perplexity"] = perplexity(evaluation["eval_loss"])
     trainer.log_metrics("eval", evaluation)
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()

@@ -11,11 +11,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from hf_cwd import startup
 from hf_cwd.trainer.options import names
 
 MODULE = "_hf_cwd_startup"
 # The file may be gone while the line stands, and Python would print the error at each start. It must be one line.
-PTH = f'import sys; exec("try:\\n    import {MODULE}\\nexcept ImportError:\\n    pass")\n'
+PTH = f'import sys; exec("try:\\n    import {MODULE}\\n    {MODULE}.install()\\nexcept ImportError:\\n    pass")\n'
 WITHOUT = "use a virtual environment, or start scripts with `python -m hf_cwd script.py`, which needs nothing written"
 
 
@@ -42,7 +43,7 @@ def enable(directory: Path) -> None:
     if subprocess.run([sys.executable, "-E", "-P", "-c", probe]).returncode:
         raise ValueError(f"hf_cwd is not installed in {sys.prefix}: install it there first (`pip install -e .`)")
     # The module first, so that no start of Python finds a line that imports what is not there.
-    contents = {f"{MODULE}.py": Path(__file__).with_name("startup.py").read_text(), f"{MODULE}.pth": PTH}
+    contents = {f"{MODULE}.py": Path(startup.__file__).read_text(), f"{MODULE}.pth": PTH}
     drafts = {name: directory / f"{name}.{os.getpid()}.draft" for name in contents}
     try:
         for name, draft in drafts.items():

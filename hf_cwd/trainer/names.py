@@ -35,8 +35,9 @@ def register() -> None:
 def unregister() -> None:
     """Undoes :func:`register` completely."""
     with _lock:
-        if _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)
+        # Also those that only wait to call register().
+        ours = (__name__, "hf_cwd.startup", "_hf_cwd_startup")
+        sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ not in ours]
         arguments = sys.modules.get("transformers.training_args")
         if arguments is not None:
             optimizers = sys.modules.get("transformers.trainer_optimizer")
@@ -120,7 +121,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         action = _ACTIONS.get(fullname)
         if action is None:
             return None
-        for finder in sys.meta_path:
+        for finder in list(sys.meta_path):
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 break

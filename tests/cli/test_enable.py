@@ -68,7 +68,7 @@ def test_enable_and_disable(tmp_path):
     (environment.site_packages / FILES[1]).write_text("# an older version\n")
     environment.launch(*COMMAND, "enable")
     copied = (environment.site_packages / FILES[1]).read_text()
-    assert copied == (ROOT / "hf_cwd/cli/startup.py").read_text()
+    assert copied == (ROOT / "hf_cwd/startup.py").read_text()
 
     assert environment.modules() - before == {"_hf_cwd_startup"}
     assert "_hf_cwd_startup" not in environment.modules("-S")

@@ -115,7 +115,7 @@ def test_weights_can_be_trained_on(trained, workspace, flags):
 
 
 def test_file_of_arguments_and_overrides(workspace, flags):
-    """Plain text, a YAML file for all arguments (`no` is False in YAML), and shapes derived from an override."""
+    """Plain text, a YAML file of arguments (`no` is False in YAML), a flag that wins over it, and derived shapes."""
     text = workspace / "lines.txt"
     text.write_text("\n".join(texts(workspace)[:40]), encoding="utf-8")
     argv = flags(
@@ -124,13 +124,13 @@ def test_file_of_arguments_and_overrides(workspace, flags):
         max_steps=2,
         config_overrides="hidden_size=48,rms_norm_eps=1e-4",
         max_train_samples=5,
-        max_eval_samples=2,
+        max_eval_samples=3,
         save_strategy="no",
     )
     lines = [f"{key.removeprefix('--')}: {value}" for key, value in zip(argv[::2], argv[1::2], strict=True)]
     lines += ["lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: {min_lr: 0.001}", "run_name: null"]
     (workspace / "args.yaml").write_text("\n".join(lines))
-    metrics = pretrain.main([str(workspace / "args.yaml")])
+    metrics = pretrain.main([str(workspace / "args.yaml"), "--max_eval_samples", "2"])
     assert (metrics["train_blocks"], metrics["eval_blocks"]) == (5, 2)
     assert metrics["train_tokens"] == 5 * 64  # two steps are one epoch of five blocks
     config = json.loads((workspace / "yaml/config.json").read_text())

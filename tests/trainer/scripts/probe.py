@@ -12,7 +12,7 @@ import beside  # noqa: F401  is found in the script's directory
 
 import __main__
 
-report = {"globals": sorted(globals())}
+report = {"globals": sorted(globals()), "torch": "torch" in sys.modules, "warnings": len(sys.warnoptions)}
 OFFSET = 100
 
 

@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Train an image classifier, from scratch or from pretrained weights, with the Hugging Face Trainer and any `--optim`.
+
+From scratch, on a directory with one directory of images a class:
+
+    python scripts/classify_images.py --config_name configs/models/vit-small-16.json --train_dir images/train \\
+        --validation_dir images/val --output_dir runs/vit-small-16 \\
+        --optim cwd_adamw --learning_rate 1e-3 --weight_decay 0.1 --num_train_epochs 90
+
+It always trains, then evaluates on the held-out images and saves model and image processor. Field names are those of
+transformers' `run_image_classification.py`; every flag of TrainingArguments works; a .json or .yaml file of flags may
+come first. It needs pillow, not torchvision.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import evaluate
+import torch
+import transformers
+from images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
+from lm_args import UsageError, find_checkpoint, flag, parse_flags, set_up_logging
+from lm_model import load_config
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers.trainer_utils import enable_full_determinism, set_seed
+
+import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
+from hf_cwd.trainer.callback import DecayedFractionCallback
+
+try:
+    from transformers import ViTImageProcessorPil as ViTImageProcessor
+except ImportError:  # an older transformers, whose ViTImageProcessor itself is the one that needs no torchvision
+    from transformers import ViTImageProcessor
+
+METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
+
+
+@dataclass
+class ModelArguments:
+    """Which model and image processor."""
+
+    model_name_or_path: str | None = flag("Go on from these weights: a directory or Hub id.")
+    config_name: str | None = flag("Start from scratch: a JSON file, a directory or a Hub id.")
+    config_overrides: str | None = flag("Changes to --config_name, e.g. image_size=32,patch_size=4.")
+    image_processor_name: str | None = flag(
+        "A directory, JSON file or Hub id; by default the one of --model_name_or_path, or one made for --config_name: "
+        "its image_size, else 224, and values from -1 to 1."
+    )
+    ignore_mismatched_sizes: bool = flag("Start with a new head where --model_name_or_path has other labels.", False)
+    dtype: str = flag(
+        "Type of the weights; mixed precision (--bf16) wants float32 here.",
+        "float32",
+        choices=["auto", "bfloat16", "float16", "float32"],
+    )
+    cache_dir: str | None = flag("Where downloads are kept.")
+    model_revision: str = flag("Branch, tag or commit of the model.", "main")
+    token: str | None = flag("Hub token; by default the one of `hf auth login`.")
+    trust_remote_code: bool = flag("Run code that comes with the model.", False)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, ImageArguments, TrainingArguments]:
+    kinds = (ModelArguments, ImageArguments, TrainingArguments)
+    model, data, training = parse_flags(argv, kinds, __doc__.splitlines()[0])
+    if (model.config_name is None) == (model.model_name_or_path is None):
+        raise UsageError("give exactly one of --config_name (from scratch) and --model_name_or_path (its weights)")
+    if model.config_overrides and model.config_name is None:
+        raise UsageError("--config_overrides changes a --config_name; the shape of --model_name_or_path is fixed")
+    if (data.dataset_name is None) == (data.train_dir is None):
+        raise UsageError("no data, or two: give exactly one of --dataset_name and --train_dir")
+    return model, data, training
+
+
+def check_config(config) -> None:
+    """Refuses, before any data is read, what the model could not do with an image."""
+    if getattr(config, "num_channels", 3) not in MODES:
+        raise UsageError(f"num_channels {config.num_channels}: images are read with 1 channel (grey) or 3 (RGB)")
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is not None and patch is not None and any(i < p for i, p in zip(_pair(image), _pair(patch), strict=False)):
+        raise UsageError(
+            f"image_size {image} is smaller than patch_size {patch}: change one, e.g. by --config_overrides patch_size="
+        )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def set_labels(config, names: list[str], args: ModelArguments) -> None:
+    """Writes the data's labels into the configuration; a trained head of another size is given up only when asked."""
+    head = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    if args.model_name_or_path and head and config.num_labels != len(names) and not args.ignore_mismatched_sizes:
+        raise UsageError(
+            f"{args.model_name_or_path} has a head for {config.num_labels} labels, the data has {len(names)}: give "
+            "--ignore_mismatched_sizes true to start with a new head"
+        )
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+
+
+def load_processor(args: ModelArguments, config):
+    name = args.image_processor_name or args.model_name_or_path
+    if name is not None:
+        hub = {"cache_dir": args.cache_dir, "token": args.token, "trust_remote_code": args.trust_remote_code}
+        revision = args.model_revision if name == args.model_name_or_path else "main"
+        return AutoImageProcessor.from_pretrained(name, revision=revision, **hub)
+    height, width = _pair(getattr(config, "image_size", 224))
+    half = [0.5] * getattr(config, "num_channels", 3)
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def load_model(args: ModelArguments, config):
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    options = {"config": config, "dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    if args.config_name is not None:
+        return AutoModelForImageClassification.from_config(**options)
+    options |= {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    options |= {"ignore_mismatched_sizes": args.ignore_mismatched_sizes}
+    return AutoModelForImageClassification.from_pretrained(args.model_name_or_path, **options)
+
+
+def accuracy(training: TrainingArguments):
+    """`compute_metrics` for argmax predictions."""
+    with training.main_process_first(desc="load the metric"):
+        # Every rank has all predictions and computes alone; in memory there is no file that two ranks could lock.
+        metric = evaluate.load(str(METRIC), keep_in_memory=True, experiment_id=f"rank-{training.process_index}")
+
+    def compute(output) -> dict[str, float]:
+        result = metric.compute(predictions=output.predictions, references=output.label_ids)
+        return {"accuracy": result["token_accuracy"]}  # one label an image, as one token a position
+
+    return compute
+
+
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> dict:
+    """Train, evaluate and save; the metrics. UsageError, a ValueError, is raised for what the caller can mend."""
+    model_args, data_args, training = parse(argv)
+    set_up_logging(training)
+    checkpoint = find_checkpoint(training)
+    config = load_config(model_args)
+    check_config(config)
+    with training.main_process_first(desc="load the images"):
+        rows = load_images(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
+    names, *labels = read_labels(*rows, data_args.label_column_name)
+    set_labels(config, names, model_args)
+    processor = load_processor(model_args, config)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    options = {"processor": processor, "channels": getattr(config, "num_channels", 3)}
+    train = Images(rows[0], labels[0], data_args, augmentation_seed=seed, **options)
+    validation = Images(rows[1], labels[1], data_args, **options)
+
+    # Before the model: the Trainer seeds again, which is too late for the initial weights.
+    (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
+    model = load_model(model_args, config)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: under ZeRO-3
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        data_collator=collate,
+        compute_metrics=accuracy(training),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        callbacks=[DecayedFractionCallback(), EpochCallback(train), *callbacks],
+    )
+    # By default a ViT's weights are saved under older names, which the Trainer does not translate back: a resumed run
+    # and the best model at the end would have other weights in their encoders (huggingface/transformers#43701).
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    del model.save_pretrained
+    metrics |= {"num_parameters": parameters, "num_labels": len(names)}
+    metrics |= {"train_images": len(train), "eval_images": len(validation)}
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+
+    evaluation = trainer.evaluate()
+    trainer.log_metrics("eval", evaluation)
+    trainer.save_metrics("eval", evaluation)
+    trainer.save_state()
+    return metrics | evaluation
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -1,0 +1,50 @@
+"""The arguments of `finetune.py`: TRL's SFTConfig and ModelConfig, and the data flags of `pretrain.py`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lm_args import SourceArguments, UsageError, check_source, flag, parse_flags
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, SFTConfig
+
+ADAPTER_FLAGS = ("lora_", "use_", "load_in_", "bnb_")  # how TRL's names begin of what only matters with --use_peft
+
+
+@dataclass
+class FinetuneArguments(SourceArguments):
+    """Which rows. Their format shows in their columns, see --help."""
+
+    cache_dir: str | None = flag("Where the data and its tokens are cached.")
+
+
+def parse(argv: Sequence[str] | None, description: str) -> tuple[FinetuneArguments, ModelConfig, SFTConfig]:
+    # TRL's default is true everywhere: on a CPU that trains slower, and in less precision than was asked for.
+    defaults = {} if is_torch_bf16_gpu_available() else {"bf16": False}
+    kinds = (FinetuneArguments, ModelConfig, SFTConfig)
+    data, model, training = parse_flags(argv, kinds, description, **defaults)
+    if model.model_name_or_path is None:
+        raise UsageError("no model: give --model_name_or_path, a directory or Hub id")
+    check_source(data)
+    _check_adapter(model)
+    template = training.chat_template_path or ""
+    if template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise UsageError(f"--chat_template_path {template}: no such file")
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        **(training.model_init_kwargs or {}),
+    }
+    return data, model, training
+
+
+def _check_adapter(model: ModelConfig) -> None:
+    if model.use_peft:
+        if model.lora_r < 1:
+            raise UsageError(f"--lora_r {model.lora_r}: the rank is a number from 1")
+        return
+    names = [field.name for field in fields(ModelConfig) if field.name.startswith(ADAPTER_FLAGS)]
+    changed = [f"--{name}" for name in names if getattr(model, name) != getattr(ModelConfig(), name)]
+    if changed:
+        raise UsageError(f"{' and '.join(changed)} given without --use_peft, which would train every weight: add it")

