@@ -15,7 +15,6 @@ come first. It needs pillow, not torchvision.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import evaluate
@@ -23,7 +22,7 @@ import torch
 import transformers
 from images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
 from lm_args import UsageError, find_checkpoint, flag, parse_flags, set_up_logging
-from lm_model import load_config
+from lm_model import load_config, own_names
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
 
@@ -166,11 +165,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=[DecayedFractionCallback(), EpochCallback(train), *callbacks],
     )
-    # By default a ViT's weights are saved under older names, which the Trainer does not translate back: a resumed run
-    # and the best model at the end would have other weights in their encoders (huggingface/transformers#43701).
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    del model.save_pretrained
+    with own_names(model):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"num_parameters": parameters, "num_labels": len(names)}
     metrics |= {"train_images": len(train), "eval_images": len(validation)}
     trainer.save_model()

@@ -19,6 +19,7 @@ from ft_args import parse
 from ft_rows import load_parts
 from lm_args import UsageError, find_checkpoint, perplexity, set_up_logging
 from lm_data import first
+from lm_model import own_names
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
             raise UsageError(
                 f"no {part} row has a completion within --max_length {training.max_length}: the prompts fill it"
             )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with own_names(trainer.model):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trained = trainer.model.parameters()
     metrics |= {"train_samples": len(trainer.train_dataset), "eval_samples": len(trainer.eval_dataset)}
     metrics |= {"trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained if p.requires_grad)}

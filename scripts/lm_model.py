@@ -1,12 +1,16 @@
-"""Model and tokenizer of `pretrain.py`: built, loaded, and known to fit each other."""
+"""Models and tokenizers: built, loaded, known to fit each other, and saved so that a run can be resumed."""
 
+import contextlib
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from lm_args import ModelArguments, UsageError
 from lm_data import train_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 
 def load_config(args: ModelArguments):
@@ -86,3 +90,21 @@ def check_sizes(config, tokenizer, block_size: int | None) -> int:
             f"give --config_overrides max_position_embeddings={block_size}"
         )
     return block_size
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Checkpoints hold the model's weights by the names that they have in it, as the Trainer reads them on a resume.
+
+    By default transformers saves those of several architectures (Mixtral, Qwen-MoE, GPT-NeoX, ViT and others) under
+    older names, and the Trainer does not translate them back: it would go on with other weights, and only a warning
+    (huggingface/transformers#43701). An adapter of PEFT has no such names.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained

@@ -21,7 +21,7 @@ import torch
 import transformers
 from lm_args import UsageError, find_checkpoint, parse, perplexity, set_up_logging
 from lm_data import first, load_documents, pack
-from lm_model import check_sizes, load_config, load_model, load_tokenizer
+from lm_model import check_sizes, load_config, load_model, load_tokenizer, own_names
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
 
@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # the logits would not fit in memory
         callbacks=[DecayedFractionCallback(), *callbacks],
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with own_names(model):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     tokens = trained_tokens(trainer, first_step, block_size)
     metrics |= {"train_tokens": tokens, "train_tokens_per_second": tokens / metrics["train_runtime"]}
     metrics |= {"num_parameters": parameters, "train_blocks": len(train), "eval_blocks": len(validation)}

@@ -105,6 +105,23 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, workspace, flags):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[index][key])), (index, key)
 
 
+def test_a_model_whose_weights_have_older_names_resumes_too(workspace, flags):
+    """transformers saves Mixtral's experts as they once were; Muon orthogonalises them as they are, stacked."""
+    config = json.loads((workspace / "config.json").read_text())
+    shape = {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    (workspace / "moe.json").write_text(json.dumps({**config, "model_type": "mixtral", **shape}))
+    changes = {"config_name": workspace / "moe.json", "optim": "cwd_muon"}
+    whole, resumed = workspace / "moe", workspace / "moe-resumed"
+    pretrain.main(flags(output_dir=whole, **changes))
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    pretrain.main(flags(output_dir=resumed, resume_from_checkpoint="true", **changes))
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert one.keys() == other.keys()
+    assert any(".experts.3." in key for key in one), "what is saved in the end has the names of the Hub"
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
 def test_weights_can_be_trained_on(trained, workspace, flags):
     """With a learning rate of 0 the loss shows that weights, tokenizer and held-out blocks are the saved ones."""
     changes = {"config_name": None, "train_tokenizer_vocab_size": None, "model_name_or_path": trained[0]}
