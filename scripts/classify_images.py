@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
-import torch
 import transformers
 from images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
-from lm_args import UsageError, find_checkpoint, flag, parse_flags, set_up_logging
-from lm_model import load_config, own_names
+from lm_args import ModelArguments, UsageError, find_checkpoint, flag, parse_flags
+from lm_model import load_config, load_model
+from run_trainer import count, load_accuracy, run, seed, set_up_logging
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
-from transformers.trainer_utils import enable_full_determinism, set_seed
 
 import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
 from hf_cwd.trainer.callback import DecayedFractionCallback
@@ -34,39 +32,22 @@ try:
 except ImportError:  # an older transformers, whose ViTImageProcessor itself is the one that needs no torchvision
     from transformers import ViTImageProcessor
 
-METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
-
 
 @dataclass
-class ModelArguments:
+class ImageModelArguments(ModelArguments):
     """Which model and image processor."""
 
-    model_name_or_path: str | None = flag("Go on from these weights: a directory or Hub id.")
-    config_name: str | None = flag("Start from scratch: a JSON file, a directory or a Hub id.")
-    config_overrides: str | None = flag("Changes to --config_name, e.g. image_size=32,patch_size=4.")
     image_processor_name: str | None = flag(
         "A directory, JSON file or Hub id; by default the one of --model_name_or_path, or one made for --config_name: "
         "its image_size, else 224, and values from -1 to 1."
     )
     ignore_mismatched_sizes: bool = flag("Start with a new head where --model_name_or_path has other labels.", False)
-    dtype: str = flag(
-        "Type of the weights; mixed precision (--bf16) wants float32 here.",
-        "float32",
-        choices=["auto", "bfloat16", "float16", "float32"],
-    )
-    cache_dir: str | None = flag("Where downloads are kept.")
-    model_revision: str = flag("Branch, tag or commit of the model.", "main")
-    token: str | None = flag("Hub token; by default the one of `hf auth login`.")
-    trust_remote_code: bool = flag("Run code that comes with the model.", False)
 
 
-def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, ImageArguments, TrainingArguments]:
-    kinds = (ModelArguments, ImageArguments, TrainingArguments)
+def parse(argv: Sequence[str] | None) -> tuple[ImageModelArguments, ImageArguments, TrainingArguments]:
+    kinds = (ImageModelArguments, ImageArguments, TrainingArguments)
     model, data, training = parse_flags(argv, kinds, __doc__.splitlines()[0])
-    if (model.config_name is None) == (model.model_name_or_path is None):
-        raise UsageError("give exactly one of --config_name (from scratch) and --model_name_or_path (its weights)")
-    if model.config_overrides and model.config_name is None:
-        raise UsageError("--config_overrides changes a --config_name; the shape of --model_name_or_path is fixed")
+    model.check()
     if (data.dataset_name is None) == (data.train_dir is None):
         raise UsageError("no data, or two: give exactly one of --dataset_name and --train_dir")
     return model, data, training
@@ -87,7 +68,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def set_labels(config, names: list[str], args: ModelArguments) -> None:
+def set_labels(config, names: list[str], args: ImageModelArguments) -> None:
     """Writes the data's labels into the configuration; a trained head of another size is given up only when asked."""
     head = any(name.endswith("ForImageClassification") for name in config.architectures or ())
     if args.model_name_or_path and head and config.num_labels != len(names) and not args.ignore_mismatched_sizes:
@@ -99,7 +80,7 @@ def set_labels(config, names: list[str], args: ModelArguments) -> None:
     config.problem_type = "single_label_classification"
 
 
-def load_processor(args: ModelArguments, config):
+def load_processor(args: ImageModelArguments, config):
     name = args.image_processor_name or args.model_name_or_path
     if name is not None:
         hub = {"cache_dir": args.cache_dir, "token": args.token, "trust_remote_code": args.trust_remote_code}
@@ -110,21 +91,9 @@ def load_processor(args: ModelArguments, config):
     return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 
-def load_model(args: ModelArguments, config):
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    options = {"config": config, "dtype": dtype, "trust_remote_code": args.trust_remote_code}
-    if args.config_name is not None:
-        return AutoModelForImageClassification.from_config(**options)
-    options |= {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    options |= {"ignore_mismatched_sizes": args.ignore_mismatched_sizes}
-    return AutoModelForImageClassification.from_pretrained(args.model_name_or_path, **options)
-
-
 def accuracy(training: TrainingArguments):
     """`compute_metrics` for argmax predictions."""
-    with training.main_process_first(desc="load the metric"):
-        # Every rank has all predictions and computes alone; in memory there is no file that two ranks could lock.
-        metric = evaluate.load(str(METRIC), keep_in_memory=True, experiment_id=f"rank-{training.process_index}")
+    metric = load_accuracy(training)
 
     def compute(output) -> dict[str, float]:
         result = metric.compute(predictions=output.predictions, references=output.label_ids)
@@ -145,15 +114,14 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
     names, *labels = read_labels(*rows, data_args.label_column_name)
     set_labels(config, names, model_args)
     processor = load_processor(model_args, config)
-    seed = training.seed if training.data_seed is None else training.data_seed
+    drawn_by = training.seed if training.data_seed is None else training.data_seed
     options = {"processor": processor, "channels": getattr(config, "num_channels", 3)}
-    train = Images(rows[0], labels[0], data_args, augmentation_seed=seed, **options)
+    train = Images(rows[0], labels[0], data_args, augmentation_seed=drawn_by, **options)
     validation = Images(rows[1], labels[1], data_args, **options)
 
-    # Before the model: the Trainer seeds again, which is too late for the initial weights.
-    (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
-    model = load_model(model_args, config)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: under ZeRO-3
+    seed(training)
+    mismatch = {"ignore_mismatched_sizes": model_args.ignore_mismatched_sizes}
+    model = load_model(model_args, config, AutoModelForImageClassification, **mismatch)
     trainer = Trainer(
         model=model,
         args=training,
@@ -165,19 +133,9 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=[DecayedFractionCallback(), EpochCallback(train), *callbacks],
     )
-    with own_names(model):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics |= {"num_parameters": parameters, "num_labels": len(names)}
-    metrics |= {"train_images": len(train), "eval_images": len(validation)}
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-
-    evaluation = trainer.evaluate()
-    trainer.log_metrics("eval", evaluation)
-    trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
-    return metrics | evaluation
+    sizes = {"num_parameters": count(model), "num_labels": len(names)}
+    sizes |= {"train_images": len(train), "eval_images": len(validation)}
+    return run(trainer, checkpoint, lambda metrics: sizes, of_language=False)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 import transformers
 from ft_args import parse
 from ft_rows import load_parts
-from lm_args import UsageError, find_checkpoint, perplexity, set_up_logging
+from lm_args import UsageError, find_checkpoint
 from lm_data import first
-from lm_model import own_names
+from run_trainer import count, run, set_up_logging
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
@@ -74,21 +74,9 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
             raise UsageError(
                 f"no {part} row has a completion within --max_length {training.max_length}: the prompts fill it"
             )
-    with own_names(trainer.model):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trained = trainer.model.parameters()
-    metrics |= {"train_samples": len(trainer.train_dataset), "eval_samples": len(trainer.eval_dataset)}
-    metrics |= {"trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained if p.requires_grad)}
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-
-    evaluation = trainer.evaluate()
-    evaluation["perplexity"] = perplexity(evaluation["eval_loss"])
-    trainer.log_metrics("eval", evaluation)
-    trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
-    return metrics | evaluation
+    sizes = {"train_samples": len(trainer.train_dataset), "eval_samples": len(trainer.eval_dataset)}
+    sizes["trainable_parameters"] = count(trainer.model, trainable=True)
+    return run(trainer, checkpoint, lambda metrics: sizes)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
 """Arguments: run_clm.py's names where they exist, and every flag of TrainingArguments; shared by the scripts."""
 
 import json
-import logging
-import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
-import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,23 +21,41 @@ def flag(help_text: str, default=None, **metadata):
 
 
 @dataclass
-class ModelArguments:
-    """Which model and tokenizer."""
+class HubArguments:
+    """How a model is loaded."""
 
-    model_name_or_path: str | None = flag("Go on from these weights: a directory or Hub id.")
-    config_name: str | None = flag("Start from scratch: a JSON file, a directory or a Hub id.")
-    config_overrides: str | None = flag("Changes to --config_name, e.g. hidden_size=64,num_hidden_layers=2.")
-    tokenizer_name: str | None = flag("A directory or Hub id; the model's own by default.")
-    train_tokenizer_vocab_size: int | None = flag("Train a byte-level BPE of this size on the training documents.")
     dtype: str = flag(
         "Type of the weights; mixed precision (--bf16) wants float32 here.",
         "float32",
         choices=["auto", "bfloat16", "float16", "float32"],
     )
-    cache_dir: str | None = flag("Where downloads and tokenised data are kept.")
+    cache_dir: str | None = flag("Where downloads and prepared data are kept.")
     model_revision: str = flag("Branch, tag or commit of the model.", "main")
     token: str | None = flag("Hub token; by default the one of `hf auth login`.")
     trust_remote_code: bool = flag("Run code that comes with the model.", False)
+
+
+@dataclass
+class ModelArguments(HubArguments):
+    """Which model: its weights, or a new one."""
+
+    model_name_or_path: str | None = flag("Go on from these weights: a directory or Hub id.")
+    config_name: str | None = flag("Start from scratch: a JSON file, a directory or a Hub id.")
+    config_overrides: str | None = flag("Changes to --config_name, e.g. hidden_size=64,num_hidden_layers=2.")
+
+    def check(self) -> None:
+        if (self.config_name is None) == (self.model_name_or_path is None):
+            raise UsageError("give exactly one of --config_name (from scratch) and --model_name_or_path (its weights)")
+        if self.config_overrides and self.config_name is None:
+            raise UsageError("--config_overrides changes a --config_name; the shape of --model_name_or_path is fixed")
+
+
+@dataclass
+class LanguageModelArguments(ModelArguments):
+    """Which model and tokenizer."""
+
+    tokenizer_name: str | None = flag("A directory or Hub id; the model's own by default.")
+    train_tokenizer_vocab_size: int | None = flag("Train a byte-level BPE of this size on the training documents.")
 
 
 @dataclass
@@ -86,12 +100,11 @@ def check_source(data: SourceArguments) -> None:
         raise UsageError("no data, or two: give exactly one of --dataset_name and --train_file")
 
 
-def parse(argv: Sequence[str] | None, description: str) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    model, data, training = parse_flags(argv, (ModelArguments, DataArguments, TrainingArguments), description)
-    if (model.config_name is None) == (model.model_name_or_path is None):
-        raise UsageError("give exactly one of --config_name (from scratch) and --model_name_or_path (its weights)")
-    if model.config_overrides and model.config_name is None:
-        raise UsageError("--config_overrides changes a --config_name; the shape of --model_name_or_path is fixed")
+def parse(
+    argv: Sequence[str] | None, description: str
+) -> tuple[LanguageModelArguments, DataArguments, TrainingArguments]:
+    model, data, training = parse_flags(argv, (LanguageModelArguments, DataArguments, TrainingArguments), description)
+    model.check()
     if model.tokenizer_name and model.train_tokenizer_vocab_size:
         raise UsageError("give only one of --tokenizer_name and --train_tokenizer_vocab_size")
     check_source(data)
@@ -129,16 +142,3 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if not (Path(found) / "trainer_state.json").is_file():
         raise UsageError(f"--resume_from_checkpoint {wanted}: {found} is no checkpoint of the Trainer")
     return found
-
-
-def set_up_logging(training: TrainingArguments) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    level = training.get_process_log_level()
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-    if training.disable_tqdm or not training.should_log:
-        datasets.disable_progress_bars()
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf  # e^710 overflows

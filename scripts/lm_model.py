@@ -1,16 +1,13 @@
-"""Models and tokenizers: built, loaded, known to fit each other, and saved so that a run can be resumed."""
+"""Models and tokenizers: built, loaded, and known to fit each other."""
 
-import contextlib
-import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from lm_args import ModelArguments, UsageError
+from lm_args import LanguageModelArguments, ModelArguments, UsageError
 from lm_data import train_tokenizer
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 
 def load_config(args: ModelArguments):
@@ -48,7 +45,7 @@ def _typed(key: str, text: str, current):
     return value
 
 
-def load_tokenizer(args: ModelArguments, training: TrainingArguments, documents, text_column: str):
+def load_tokenizer(args: LanguageModelArguments, training: TrainingArguments, documents, text_column: str):
     hub = {"cache_dir": args.cache_dir, "token": args.token, "trust_remote_code": args.trust_remote_code}
     if args.train_tokenizer_vocab_size is None:
         own = args.model_name_or_path or args.config_name
@@ -65,13 +62,14 @@ def load_tokenizer(args: ModelArguments, training: TrainingArguments, documents,
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_model(args: ModelArguments, config):
+def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, **pretrained: Any):
+    """The model that `args` name, as one of the task of `auto`; `pretrained` is for its `from_pretrained` only."""
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     options = {"config": config, "dtype": dtype, "trust_remote_code": args.trust_remote_code}
     if args.config_name is not None:
-        return AutoModelForCausalLM.from_config(**options)
-    options |= {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+        return auto.from_config(**options)
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    return auto.from_pretrained(args.model_name_or_path, **options, **hub, **pretrained)
 
 
 def check_sizes(config, tokenizer, block_size: int | None) -> int:
@@ -90,21 +88,3 @@ def check_sizes(config, tokenizer, block_size: int | None) -> int:
             f"give --config_overrides max_position_embeddings={block_size}"
         )
     return block_size
-
-
-@contextlib.contextmanager
-def own_names(model: nn.Module) -> Iterator[None]:
-    """Checkpoints hold the model's weights by the names that they have in it, as the Trainer reads them on a resume.
-
-    By default transformers saves those of several architectures (Mixtral, Qwen-MoE, GPT-NeoX, ViT and others) under
-    older names, and the Trainer does not translate them back: it would go on with other weights, and only a warning
-    (huggingface/transformers#43701). An adapter of PEFT has no such names.
-    """
-    if not isinstance(model, PreTrainedModel):
-        yield
-        return
-    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
-    try:
-        yield
-    finally:
-        del model.save_pretrained

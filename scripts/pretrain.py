@@ -16,19 +16,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import evaluate
 import torch
 import transformers
-from lm_args import UsageError, find_checkpoint, parse, perplexity, set_up_logging
+from lm_args import UsageError, find_checkpoint, parse
 from lm_data import first, load_documents, pack
-from lm_model import check_sizes, load_config, load_model, load_tokenizer, own_names
+from lm_model import check_sizes, load_config, load_model, load_tokenizer
+from run_trainer import count, load_accuracy, run, seed, set_up_logging
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import enable_full_determinism, set_seed
 
 import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
 from hf_cwd.trainer.callback import DecayedFractionCallback
-
-METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -39,9 +36,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def token_accuracy(training: TrainingArguments):
     """`compute_metrics` for argmax predictions: position t predicts token t + 1."""
-    with training.main_process_first(desc="load the metric"):
-        # Every rank has all predictions and computes alone; in memory there is no file that two ranks could lock.
-        metric = evaluate.load(str(METRIC), keep_in_memory=True, experiment_id=f"rank-{training.process_index}")
+    metric = load_accuracy(training)
 
     def compute(output) -> dict[str, float]:
         predictions, labels = output.predictions[:, :-1].reshape(-1), output.label_ids[:, 1:].reshape(-1)
@@ -81,10 +76,9 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         )
     train, validation = first(train, data_args.max_train_samples), first(validation, data_args.max_eval_samples)
 
-    # Before the model: the Trainer seeds again, which is too late for the initial weights.
-    (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
+    seed(training)
     model = load_model(model_args, config)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: under ZeRO-3
+    parameters = count(model)
     trainer = Trainer(
         model=model,
         args=training,
@@ -96,21 +90,13 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # the logits would not fit in memory
         callbacks=[DecayedFractionCallback(), *callbacks],
     )
-    with own_names(model):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    tokens = trained_tokens(trainer, first_step, block_size)
-    metrics |= {"train_tokens": tokens, "train_tokens_per_second": tokens / metrics["train_runtime"]}
-    metrics |= {"num_parameters": parameters, "train_blocks": len(train), "eval_blocks": len(validation)}
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
 
-    evaluation = trainer.evaluate()
-    evaluation["perplexity"] = perplexity(evaluation["eval_loss"])
-    trainer.log_metrics("eval", evaluation)
-    trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
-    return metrics | evaluation
+    def more(metrics: dict[str, float]) -> dict[str, float]:
+        tokens = trained_tokens(trainer, first_step, block_size)
+        speed = {"train_tokens": tokens, "train_tokens_per_second": tokens / metrics["train_runtime"]}
+        return {**speed, "num_parameters": parameters, "train_blocks": len(train), "eval_blocks": len(validation)}
+
+    return run(trainer, checkpoint, more)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,16 @@ def test_two_processes(name, material, tmp_path):
     assert result.stderr.count("[hf_cwd] cwd_muon lr=") == 1
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator transformers needs no --use_cpu")
+def test_processes_that_would_train_apart_are_refused(material, tmp_path):
+    """Without --use_cpu TrainingArguments answer world size 1 in each of two processes, and nobody says a word."""
+    options = flags(material, output_dir="out", use_cpu="false")
+    result = finish(start(*LAUNCHERS["torchrun"], SCRIPTS / "unmodified.py", *options, cwd=tmp_path))
+    assert result.returncode != 0
+    assert "ValueError: 2 processes were started, but TrainingArguments take each for the only one" in result.stderr
+    assert reports(tmp_path / "out") == []
+
+
 def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
     """Every rule under DDP on gloo, in fp64 so that the order of a sum cannot flip a sign."""
     script = SCRIPTS / "ddp.py"
