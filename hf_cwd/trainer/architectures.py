@@ -143,6 +143,8 @@ NO_HIDDEN_LAYER: tuple[tuple[str, str], ...] = (
 ROUTER_LAYER, MOE_BLOCK = re.compile(r"(shared_expert_)?gate|router"), re.compile(r".*(Moe|MoE|MOE|Sparse).*")
 INPUT_LAYER = re.compile(r".*(patch_?embed|patch_?proj|patcher)", re.IGNORECASE)
 
+EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
 # Raw parameters that are matrices: pattern of the module's class, of the parameter's name, and their layout.
 MATRICES: tuple[tuple[str, str, Callable[[Any], Layout]], ...] = (
     ("DbrxExpertGLU", "w1|v1|w2", lambda m: Layout((m.ffn_hidden_size,) * m.moe_num_experts)),
@@ -193,11 +195,7 @@ def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | No
     Transformers' experts say how they lie; those of Llama 4 do not, nor did GPT-OSS's at first that they alternate.
     """
     kind = type(module).__name__
-    if (
-        len(shape) != 3
-        or not re.fullmatch(r".*Experts", kind)
-        or not re.fullmatch(r"(gate_up|gate|up|down)_proj", name)
-    ):
+    if len(shape) != 3 or not kind.endswith(("Experts", "NaiveMoe")) or name not in EXPERTS:
         return None
     transposed = getattr(module, "is_transposed", kind == "Llama4TextExperts")
     if name != "gate_up_proj":
