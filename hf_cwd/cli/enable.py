@@ -12,7 +12,6 @@ import sysconfig
 from pathlib import Path
 
 from hf_cwd import startup
-from hf_cwd.trainer.options import names
 
 MODULE = "_hf_cwd_startup"
 # The file may be gone while the line stands, and Python would print the error at each start. It must be one line.
@@ -38,6 +37,8 @@ def main(args: argparse.Namespace) -> int:
 
 def enable(directory: Path) -> None:
     """Writes both files into `directory`, each at once or not at all; the first without the second does nothing."""
+    from hf_cwd.trainer.options import names
+
     # PYTHONPATH and the working directory may have led to this hf_cwd, and will not be those of every start.
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('hf_cwd') is None)"
     if subprocess.run([sys.executable, "-E", "-P", "-c", probe]).returncode:

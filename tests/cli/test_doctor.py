@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from hf_cwd import decay, kernels
-from hf_cwd.cli import doctor, enable
+from hf_cwd.cli import doctor, enable, self_check
 from hf_cwd.rules import RULES, Rule
 from hf_cwd.trainer import names
 
@@ -81,9 +81,22 @@ def test_broken_packages_are_reported_and_the_rest_still_is(tmp_path):
     ]
 
 
+def test_a_broken_torch_is_reported(tmp_path):
+    (tmp_path / "stubs/torch").mkdir(parents=True)
+    (tmp_path / "stubs/torch/__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open')")
+    paths = os.pathsep.join(filter(None, [str(tmp_path / "stubs"), os.environ.get("PYTHONPATH")]))
+    done = run(tmp_path / "here", "--json", PYTHONPATH=paths)
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["Versions"]["torch"] == "broken: ImportError: libcudart.so.12: cannot open"
+    assert report["Versions"]["python"].startswith(sys.version.split()[0])
+    assert report["Self-check"] == {"error": "ImportError: libcudart.so.12: cannot open"}
+    assert report["Problems"][0].startswith("torch broken: ImportError: libcudart.so.12: cannot open; try: pip install")
+
+
 def checked():
     problems = []
-    return doctor.self_check(problems)["auto on cpu"].split("; "), problems
+    return self_check.self_check(problems)["auto on cpu"].split("; "), problems
 
 
 def test_plain_decay_fails_the_check_of_every_rule(monkeypatch):
@@ -124,8 +137,8 @@ def test_a_kernel_that_cannot_run_says_why_and_is_not_checked(monkeypatch):
 
     monkeypatch.setattr(kernels, "select", select)
     problems = []
-    assert doctor.kernel_table(problems)["eager on cpu"] == "not usable: ImportError: no compiler"
-    assert "eager on cpu" not in doctor.self_check(problems)
+    assert self_check.kernel_table(problems)["eager on cpu"] == "not usable: ImportError: no compiler"
+    assert "eager on cpu" not in self_check.self_check(problems)
     assert problems == []
 
 
