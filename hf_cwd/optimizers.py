@@ -75,7 +75,7 @@ class CWDMuon(CWDOptimizer):
 
     Args:
         ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is
-            bfloat16, and float64 for float64 parameters.
+            bfloat16, on a CPU float32, and float64 for float64 parameters.
         adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`.
         adamw_lr: learning rate of the AdamW groups; None is ``lr``.
 

@@ -22,8 +22,7 @@ VOCABULARY = 4096
 
 # What a decay does in a run is about learning rate * weight decay * steps: a run of minutes needs a large one for the
 # difference to be seen. Lion's updates are signs: it wants a smaller learning rate and, for the same product, a larger
-# weight decay. Muon's updates are scaled to the size of AdamW's, whose values therefore carry over; its Newton-Schulz
-# iteration is faster in float32 than in bfloat16 on a CPU.
+# weight decay. Muon's updates are scaled to the size of AdamW's, whose values therefore carry over.
 RECIPES = {
     "cwd_adamw": {"learning_rate": 3e-3, "weight_decay": 1.0, "flags": ["--adam_beta2", "0.95"]},
     "cwd_lion": {"learning_rate": 5e-4, "weight_decay": 6.0, "flags": []},
@@ -31,7 +30,6 @@ RECIPES = {
         "learning_rate": 3e-3,
         "weight_decay": 1.0,
         "flags": ["--adam_beta2", "0.95"],
-        "optim_args": "ns_dtype=float32",
     },
     "cwd_sgd": {"learning_rate": 0.3, "weight_decay": 0.01, "flags": [], "optim_args": "momentum=0.9"},
 }

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_cwd.orthogonalize import COEFFICIENTS, newton_schulz
+from hf_cwd.rules import RULES
 from tests.reference import paper
 
 # From the classical quintic: it is 1 at 1 with two vanishing derivatives, so that it converges from all of (0, 1].
@@ -166,3 +167,22 @@ def test_empty(shape):
 def test_vectors_are_refused(shape):
     with pytest.raises(ValueError, match="matrix"):
         newton_schulz(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("ns_dtype", "dtype", "used"),
+    [
+        ("auto", torch.float32, torch.float32),
+        ("auto", torch.float64, torch.float64),
+        ("bfloat16", torch.float32, torch.bfloat16),
+        ("float32", torch.float64, torch.float32),
+    ],
+)
+def test_the_dtype_of_the_iteration_on_a_cpu(ns_dtype, dtype, used):
+    hyper = {name: kind.default for name, kind in RULES["muon"].hyperparameters.items()} | {"ns_dtype": ns_dtype}
+    assert RULES["muon"].matrix(torch.ones(2, 3, dtype=dtype), **hyper).dtype == used
+
+
+def test_auto_is_bfloat16_off_the_cpu():
+    hyper = {name: kind.default for name, kind in RULES["muon"].hyperparameters.items()}
+    assert RULES["muon"].matrix(torch.empty(2, 3, device="meta"), **hyper).dtype == torch.bfloat16

@@ -105,8 +105,8 @@ def self_check(problems: list[str]) -> Report:
 
 
 def _checked(rule: str, kernel: str, device: torch.device, problems: list[str]) -> str:
-    # Muon's matrices are orthogonalised in bfloat16, whose roundings five iterations amplify; a decay that is wrongly
-    # there or not moves an element by 0.125 or more. In float32, a few roundings of numbers up to 2.
+    # Off the CPU Muon's matrices are orthogonalised in bfloat16, whose roundings five iterations amplify; a decay that
+    # is wrongly there or not moves an element by 0.125 or more. In float32, a few roundings of numbers up to 2.
     tolerance = 2e-2 if RULES[rule].matrix is not None else 2e-6
     try:
         error = (_stepped(rule, kernel, device, WEIGHT_DECAY) - _expected(rule, kernel, device)).abs().max().item()

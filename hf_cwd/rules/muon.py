@@ -34,11 +34,15 @@ def direction(grad: Tensor, exp_avg: Tensor, *, step: int, momentum: float, nest
 
 
 def orthogonalize(u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, eps: float, **_: Any) -> Tensor:
-    """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in ``ns_dtype``."""
-    if ns_dtype == "auto":
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.bfloat16
-    else:
-        dtype = NS_DTYPES[ns_dtype]
+    """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in ``ns_dtype``.
+
+    ``auto`` is bfloat16 as in torch.optim.Muon, but float32 on a CPU, few of which multiply bfloat16 matrices as fast,
+    and float64 for float64 parameters.
+    """
+    dtype = NS_DTYPES.get(ns_dtype)
+    if dtype is None:
+        dtype = torch.float32 if u.device.type == "cpu" else torch.bfloat16
+        dtype = torch.float64 if u.dtype == torch.float64 else dtype
     return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=dtype)
 
 

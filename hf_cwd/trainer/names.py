@@ -19,6 +19,7 @@ from typing import Any
 from hf_cwd.trainer.options import PREFIX, check_training_arguments, handler, names, unknown_name
 
 _lock = threading.RLock()
+_PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
 
 
 def register() -> None:
@@ -48,10 +49,10 @@ def unregister() -> None:
             checked = arguments.TrainingArguments.__post_init__
             if hasattr(checked, "_hf_cwd_original"):
                 arguments.TrainingArguments.__post_init__ = checked._hf_cwd_original
-        parser = sys.modules.get("transformers.hf_argparser")
-        make = getattr(parser, "make_choice_type_function", None)
-        if hasattr(make, "_hf_cwd_original"):
-            parser.make_choice_type_function = make._hf_cwd_original
+        for parser in filter(None, map(sys.modules.get, _PARSERS)):
+            make = getattr(parser, "make_choice_type_function", None)
+            if hasattr(make, "_hf_cwd_original"):
+                parser.make_choice_type_function = make._hf_cwd_original
 
 
 def member(name: str) -> Any:
@@ -108,7 +109,7 @@ def _on_hf_argparser(module: ModuleType) -> None:
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.training_args": _on_training_args,
     "transformers.trainer_optimizer": _on_trainer_optimizer,
-    "transformers.hf_argparser": _on_hf_argparser,
+    **dict.fromkeys(_PARSERS, _on_hf_argparser),
 }
 
 

@@ -1,33 +1,47 @@
-"""A corpus and a model small enough to train for real in a second."""
+"""Text, images, and models small enough to train for real in a second."""
 
-import json
-import lzma
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))  # as for `python scripts/pretrain.py`
+
+import json
+import lzma
+from typing import Any
+
+import numpy as np
+import PIL.Image
 import pytest
+from datasets import Dataset
+from lm_data import train_tokenizer
+from material import LLAMA, TEMPLATE, VIT, WORDS
+from sklearn.datasets import load_digits
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))  # as Python does for `python scripts/pretrain.py`
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "attention_dropout": 0.1,  # so that a resumed run must also restore the state of the random numbers
-    "tie_word_embeddings": True,
+# For every script.
+DEFAULTS = {
+    "optim": "cwd_adamw",
+    "weight_decay": 0.1,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": "true",
+    "use_cpu": "true",
+    "dataloader_pin_memory": "false",
 }
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """The options, on top of the defaults, as arguments of a script; None leaves one out."""
+    pairs = (DEFAULTS | options).items()
+    return [str(part) for key, value in pairs if value is not None for part in (f"--{key}", value)]
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
     """docs.jsonl, 200 documents of the demo corpus cut short; config.json; cache/."""
     folder = tmp_path_factory.mktemp("scripts")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(LLAMA))
     with lzma.open(ROOT / "scripts/corpus/sotu.jsonl.xz", "rt", encoding="utf-8") as corpus:
         speeches = [json.loads(line) for line in corpus][:200]
     rows = [json.dumps({"text": speech["text"][:1500], "year": speech["year"]}) for speech in speeches]
@@ -45,25 +59,81 @@ def flags(workspace):
         "block_size": 64,
         "cache_dir": workspace / "cache",
         "output_dir": workspace / "unused",
-        "optim": "cwd_adamw",
-        "weight_decay": 0.1,
         "learning_rate": 1e-2,
         "max_steps": 6,
         "save_steps": 3,
-        "logging_steps": 1,
         "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "disable_tqdm": "true",
-        "use_cpu": "true",
-        "dataloader_pin_memory": "false",
     }
+    return lambda **changes: command_line(defaults | changes)
 
-    def build(**changes) -> list[str]:
-        return [
-            str(part)
-            for key, value in (defaults | changes).items()
-            if value is not None
-            for part in (f"--{key}", value)
-        ]
 
-    return build
+@pytest.fixture(scope="session")
+def model(workspace) -> Path:
+    """The tiny Llama with a tokenizer and a chat template."""
+    folder = workspace / "chat model"
+    documents = Dataset.from_json(str(workspace / "docs.jsonl"), cache_dir=str(workspace / "cache"))
+    tokenizer = train_tokenizer(documents, text_column="text", vocab_size=512)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(workspace / "config.json")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(workspace) -> list[str]:
+    lines = (workspace / "docs.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines][:40]
+
+
+@pytest.fixture(scope="session")
+def pairs(workspace, texts) -> Path:
+    """40 real prompts and completions; the last two of each twenty are held out."""
+    path = workspace / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": t[:30], "completion": t[30:60]}) for t in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def arguments(flags, model, pairs):
+    """As `flags`, for finetune.py."""
+    defaults = {
+        "config_name": None,
+        "train_tokenizer_vocab_size": None,
+        "block_size": None,
+        "model_name_or_path": model,
+        "train_file": pairs,
+        "max_length": 64,
+        "validation_split_percentage": 10,
+    }
+    return lambda **changes: flags(**(defaults | changes))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """train/ and validation/, every fifth image, as WORD/NUMBER.png; config.json."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "config.json").write_text(json.dumps(VIT))
+    data = load_digits()
+    for i, (pixels, target) in enumerate(zip(data.images, data.target, strict=True)):
+        path = folder / ("validation" if i % 5 == 4 else "train") / WORDS[target] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_flags(digits):
+    """As `flags`, for classify_images.py."""
+    defaults = {
+        "config_name": digits / "config.json",
+        "train_dir": digits / "train",
+        "validation_dir": digits / "validation",
+        "output_dir": digits / "unused",
+        "learning_rate": 5e-3,
+        "max_steps": 2,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "save_strategy": "no",
+    }
+    return lambda **changes: command_line(defaults | changes)

@@ -4,7 +4,6 @@ import json
 import lzma
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,19 +14,14 @@ import pytest
 import smollm2
 import torch
 from datasets import Dataset, DatasetDict
-from lm_args import UsageError
-from lm_data import train_tokenizer
+from material import assistant, user
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import hf_cwd
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/finetune.py"
-TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 LORA = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}
 
 
@@ -43,56 +37,6 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args, state, control, *, model, optimizer, train_dataloader, **others):
         self.args, self.model, self.optimizer = args, model, optimizer.optimizer
         self.rows, self.first_step = train_dataloader.dataset, state.global_step
-
-
-@pytest.fixture(scope="session")
-def model(workspace) -> Path:
-    """The tiny Llama with a tokenizer and a chat template."""
-    folder = workspace / "chat model"
-    documents = Dataset.from_json(str(workspace / "docs.jsonl"), cache_dir=str(workspace / "cache"))
-    tokenizer = train_tokenizer(documents, text_column="text", vocab_size=512)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    set_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(workspace / "config.json")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def texts(workspace) -> list[str]:
-    lines = (workspace / "docs.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line)["text"] for line in lines][:40]
-
-
-@pytest.fixture(scope="session")
-def pairs(workspace, texts) -> Path:
-    """40 real prompts and completions; the last two of each twenty are held out."""
-    path = workspace / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": t[:30], "completion": t[30:60]}) for t in texts), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def arguments(flags, model, pairs):
-    """As `flags`, for finetune.py."""
-    defaults = {
-        "config_name": None,
-        "train_tokenizer_vocab_size": None,
-        "block_size": None,
-        "model_name_or_path": model,
-        "train_file": pairs,
-        "max_length": 64,
-        "validation_split_percentage": 10,
-    }
-    return lambda **changes: flags(**(defaults | changes))
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 ASKED, SAID = "What of the Union?", "It is strong."
@@ -258,79 +202,6 @@ def test_two_processes(workspace, arguments):
     metrics = json.loads((output / "all_results.json").read_text())
     assert (alone["epoch"], metrics["epoch"]) == (pytest.approx(2 / 9), pytest.approx(2 / 5))
     assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)  # summed in another order
-
-
-ERRORS = {
-    "no model": ({"model_name_or_path": None}, "no model: give --model_name_or_path"),
-    "no data": ({"train_file": None}, "no data.*--dataset_name and --train_file"),
-    "no file": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-    "no held-out file": ({"validation_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-    "no text field": ({"dataset_text_field": "body"}, "'body' in the training data; .*prompt, completion"),
-    "too few to hold out": ({"validation_split_percentage": 1}, "1 % of 40 documents is no document"),
-    "LoRA's flags alone": ({"lora_r": 4, "use_dora": "true"}, "--lora_r and --use_dora given without --use_peft"),
-    "quantised without LoRA": ({"load_in_4bit": "true"}, "--load_in_4bit given without --use_peft"),
-    "rank": ({"use_peft": "true", "lora_r": 0}, "--lora_r 0: the rank"),
-    "long rows": ({"max_length": 128}, "--max_length 128: the model has 64 positions"),
-    "no template": ({"chat_template_path": "nowhere.jinja"}, "nowhere.jinja: no such file"),
-    "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
-    "unknown flag": ({"lora_rank": 3}, "--lora_rank 3"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
-def test_mistakes(arguments, monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr(finetune, "SFTTrainer", None)  # so that the model cannot have been loaded
-    with pytest.raises(UsageError, match=message):
-        finetune.main(arguments(output_dir=tmp_path, **changes))
-
-
-ROWS = {
-    "no format": ([{"year": 1790, "body": "x"}], "columns year, body,.*no format.*prompt and completion; text"),
-    "no completion": ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 1: 'completion' is 'None'.* a text"),
-    "mixed": ([{"prompt": "a", "completion": [user("b")]}], "row 0: 'completion' is .*where a text belongs"),
-    "empty chat": ([{"messages": [user("a")]}, {"messages": []}], r"row 1: 'messages' is '\[\]'.*'role' and 'content'"),
-    "no role": ([{"messages": [{"content": "a"}]}], "row 0: 'messages' is .*'role' and 'content'"),
-    "number": ([{"text": 3}], "row 0: 'text' is '3', where a text belongs"),
-    "blank": ([{"text": " "}], "the training data has no rows"),
-}
-
-
-@pytest.mark.parametrize(("rows", "message"), ROWS.values(), ids=ROWS)
-def test_rows_of_no_format(arguments, tmp_path, rows, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(UsageError, match=message):
-        finetune.main(arguments(train_file=path, output_dir=tmp_path))
-
-
-def test_held_out_rows_of_another_format(arguments, workspace, tmp_path):
-    argv = arguments(validation_file=workspace / "docs.jsonl", output_dir=tmp_path)
-    with pytest.raises(UsageError, match=r"held-out data \(text\) has another format .*\(prompt and completion\)"):
-        finetune.main(argv)
-
-
-def test_tokenizers_that_do_not_serve(arguments, model, tmp_path):
-    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": [user("a"), assistant("b")]})] * 10))
-    bare = shutil.copytree(model, tmp_path / "bare")
-    (bare / "chat_template.jinja").unlink()
-    argv = arguments(model_name_or_path=bare, train_file=tmp_path / "chats.jsonl", output_dir=tmp_path / "out")
-    with pytest.raises(UsageError, match="no chat template: give --chat_template_path"):
-        finetune.main(argv)
-    (tmp_path / "own.jinja").write_text(TEMPLATE)
-    finetune.main([*argv, "--chat_template_path", str(tmp_path / "own.jinja"), "--max_steps", "1"])
-    config = json.loads((bare / "tokenizer_config.json").read_text())
-    (bare / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
-    with pytest.raises(UsageError, match=r"no EOS token.*give --eos_token"):
-        finetune.main(arguments(model_name_or_path=bare, output_dir=tmp_path / "out"))
-    with pytest.raises(UsageError, match="no training row has a completion within --max_length 2"):
-        finetune.main(arguments(max_length=2, output_dir=tmp_path / "out"))
-
-
-def test_command_line_tells_a_mistake_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", str(tmp_path / "nowhere.yaml")])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stop.value.code == f"finetune.py: error: {tmp_path / 'nowhere.yaml'}: no such file of arguments"
 
 
 @pytest.fixture(scope="module")

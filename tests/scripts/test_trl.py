@@ -9,7 +9,17 @@ from datasets import Dataset
 from lm_data import train_tokenizer
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+)
 
 import hf_cwd
 
@@ -100,3 +110,9 @@ def test_trainer(case, model, rows, tmp_path):
         assert all("lora_" in name for name in changed)
     elif trainer_class is DPOTrainer:  # the reference model is out of the optimizer's reach
         assert all(torch.equal(p, start.weights[name]) for name, p in trainer.ref_model.named_parameters())
+
+
+def test_trl_s_own_parser_offers_the_nearest_name(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        TrlParser((SFTConfig,)).parse_args_and_config(["--output_dir", str(tmp_path), "--optim", "cwd_adam"])
+    assert "--optim cwd_adam does not exist. Did you mean cwd_adamw?" in capsys.readouterr().err
