@@ -66,16 +66,14 @@ def _qkvz(parent: Any, rows: int) -> tuple[tuple[int, ...], int]:
 
 
 QKV, GATE_UP = "q, k, v", "gate, up"
-MAMBA1, MAMBA2 = (
-    "(Falcon|Jamba)?MambaMixer",
-    "Mamba2Mixer|BambaMixer|FalconH1Mixer|.*HybridMambaLayer|NemotronHMamba2Mixer",
-)
+MAMBA1 = "(Falcon|Jamba)?MambaMixer"
+MAMBA2 = "(NemotronH)?Mamba2Mixer|BambaMixer|FalconH1Mixer|.*HybridMambaLayer|Zamba2MambaMixer"
 FUSED: tuple[Fused, ...] = (
     Fused("qkv_proj", "Phi.*Attention", QKV, _q_and_kv(lambda a: a.config.num_attention_heads * a.head_dim)),
     Fused("qkv_proj", "CodeGenAttention", "q, v, k in four slices", lambda a, rows: ((rows // 12,) * 3, 4)),
     Fused("qkv_proj", "MiniMaxLightningAttention", QKV + " by head", _by_head(lambda a: a.num_attention_heads)),
     Fused("qkv", "Exaone4_5_VisionAttention", QKV, lambda a, rows: ((a.q_dim, a.kv_dim, a.kv_dim), 1)),
-    Fused("qkv", ".*", QKV, _equal(3)),
+    Fused("qkv", ".*", QKV, _equal(3)),  # every other vision model here, and timm's
     Fused("Wqkv", "DbrxAttention", QKV, _q_and_kv(lambda a: a.hidden_size)),
     Fused("Wqkv", "MptAttention|ModernBertAttention", QKV, _equal(3)),
     Fused("att_proj|qkv_linear", "BarkSelfAttention|LayoutLMv2SelfAttention", QKV, _equal(3)),

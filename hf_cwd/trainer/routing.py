@@ -132,7 +132,8 @@ def route(
 ) -> Routing:
     """Sorts a model's parameters: hidden matrices to ``matrices``, all else to ``others``.
 
-    By module and name, never by size. Hidden matrices are the weights of linear layers and convolutions, recurrent
+    By module and name; of sizes, only one row or column (a vector) and up to 4 input channels of a convolution (raw
+    images or sound) count. Hidden matrices are the weights of linear layers and convolutions, recurrent
     ones, and the stacked weights of experts; fused projections count as the matrices that they hold. Embeddings (tied
     to the head or not), the output head (every layer outside a transformers model's body; in a model without one,
     layers named as in ``HEAD_NAMES``), vectors (norms, biases, one row or column), input convolutions, routers,

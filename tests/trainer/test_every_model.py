@@ -58,6 +58,8 @@ def test_every_parameter_is_known(task, least):
         assert len(routing.routes) == len(set(model.parameters())), name
         assert sum(r.numel for r in routing.routes) == sum(p.numel() for p in model.parameters()), name
         for r in routing.routes:
+            if r.name.endswith(("mamba.in_proj.weight", "mixer.in_proj.weight")):
+                assert "fused" in r.reason, (name, r)  # every state-space layer has several projections in one
             if r.algorithm == "muon":
                 assert r.layout is not None or len(r.shape) == 2, (name, r)
                 if r.layout is not None:
