@@ -1,11 +1,10 @@
 """Which matrices a parameter holds: fused projections, stacks of experts, transposed and convolutional weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -44,6 +43,8 @@ class Layout:
             raise ValueError(f"shape {tuple(shape)} holds no matrix")
         if self.periods < 1 or any(size < 1 for size in self.sizes):
             raise ValueError(f"sizes {self.sizes} and periods {self.periods} must be positive")
+        if self.transposed and self.flattened and (self.sizes or self.periods > 1):
+            raise ValueError("sizes and periods are not supported where it is both transposed and flattened")
         rows = shape[0] if self.flattened else shape[-1] if self.transposed else shape[-2]
         if rows % self.periods or (self.sizes and rows != self.periods * sum(self.sizes)):
             wanted = " + ".join(map(str, self.sizes)) or "..."
@@ -56,22 +57,11 @@ class Layout:
 
     def matrices(self, tensor: Tensor) -> list[Tensor]:
         """The matrices as ``(..., out_features, in_features)``; views where they lie together, else copies."""
-        return [block.flatten(-3, -2) for block in self._blocks(tensor)]
-
-    def map(self, function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-        """A new contiguous tensor like ``tensor`` with ``function`` applied to each of the matrices."""
-        out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for block, place in zip(self._blocks(tensor), self._blocks(out), strict=True):
-            place.copy_(function(block.flatten(-3, -2)).reshape(place.shape))
-        return out
+        x = tensor.flatten(1) if self.flattened else tensor
+        x = x.mT if self.transposed else x
+        x = x.unflatten(-2, (self.periods, x.size(-2) // self.periods))
+        return [block.flatten(-3, -2) for block in (x.split(list(self.sizes), dim=-2) if self.sizes else (x,))]
 
     def as_group_value(self) -> dict[str, Any]:
         """Plain Python, so that a state dict with it loads with ``weights_only=True``."""
         return asdict(self)
-
-    def _blocks(self, tensor: Tensor) -> list[Tensor]:
-        """Views ``(..., periods, size, in_features)``, one for each matrix (of each member of the stack)."""
-        x = tensor.flatten(1) if self.flattened else tensor
-        x = x.mT if self.transposed else x
-        x = x.unflatten(-2, (self.periods, x.size(-2) // self.periods))
-        return list(x.split(list(self.sizes), dim=-2)) if self.sizes else [x]

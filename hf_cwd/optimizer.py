@@ -1,7 +1,6 @@
 """The optimizer: parameter groups, state, the step and state dicts, for any rule."""
 
 import difflib
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
@@ -11,10 +10,11 @@ from torch import Tensor
 from hf_cwd import kernels
 from hf_cwd.decay import DecayCount
 from hf_cwd.matrices import Layout
+from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.rules import COMMON, RULES, Rule
-from hf_cwd.sharding import exchange
-from hf_cwd.sharding.dtensor import is_dtensor
-from hf_cwd.state_dict import adopt
+from hf_cwd.sharding.dtensor import local, local_grad
+from hf_cwd.sharding.exchange import Exchange
+from hf_cwd.state_dict import adopt, only_initialises
 
 
 class CommonOptions(TypedDict, total=False):
@@ -26,6 +26,7 @@ class CommonOptions(TypedDict, total=False):
         maximize: ascend instead of descend.
         kernel: ``"auto"`` or ``"eager"``.
         routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
+        share, exchange_bytes: only of rules for matrices, see :func:`hf_cwd.sharding.plan.plan`.
         fused, foreach, capturable, differentiable: only False or None; ``kernel=`` chooses the implementation here.
     """
 
@@ -34,6 +35,8 @@ class CommonOptions(TypedDict, total=False):
     maximize: bool
     kernel: str
     routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
+    share: str
+    exchange_bytes: int
     fused: bool | None
     foreach: bool | None
     capturable: bool | None
@@ -47,6 +50,10 @@ class CWDOptimizer(torch.optim.Optimizer):
     torch.optim groups otherwise: every hyper-parameter is a key, read at each step, and schedulers may change it. In a
     group of a rule for matrices, ``layout`` None stands for plain 2-D matrices; a dict holds the arguments of the
     :class:`hf_cwd.matrices.Layout` by which the group's parameters hold several matrices, or hold them otherwise.
+
+    Parameters may be plain tensors or DTensors (FSDP2, tensor parallelism). Element-wise rules step whatever part of a
+    parameter a rank holds. Rules for matrices exchange parts, so that every matrix is orthogonalised whole, by one
+    rank: in a process group every rank must then call :meth:`step`.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts; dicts are copied, not mutated.
@@ -73,6 +80,8 @@ class CWDOptimizer(torch.optim.Optimizer):
         _refuse_torch_kernels(options)
         self.companions = dict(companions or {})
         self.decay_count: DecayCount | None = None
+        self._names: list[list[str] | None] = []
+        self._matrix_step = MatrixStep.of(_rule(algorithm), options)
         known = {**COMMON, **_rule(algorithm).hyperparameters}
         for name in options.keys() - known.keys():
             near = difflib.get_close_matches(name, known, n=1)
@@ -87,7 +96,13 @@ class CWDOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"companions": self.companions, "decay_count": None}
+        own = ("companions", "_names", "_matrix_step")
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"decay_count": None}
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """How the matrices were exchanged between ranks in the last step; None before the first."""
+        return self._matrix_step.exchange
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with the defaults of its rule. Raises ValueError, and adds nothing, if it cannot be trained."""
@@ -96,6 +111,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         own, algorithm = self.defaults["algorithm"], param_group.get("algorithm", self.defaults["algorithm"])
         rule = _rule(algorithm)
         group = dict(param_group)
+        names = group.pop("names", None)
         if algorithm != own:
             defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
             group = defaults | dict(self.companions.get(algorithm, {})) | group
@@ -103,10 +119,12 @@ class CWDOptimizer(torch.optim.Optimizer):
         # torch fills in all of self.defaults; this optimizer's own rule's mean nothing in a group of another rule.
         for name in _rule(own).hyperparameters.keys() - rule.hyperparameters.keys() - param_group.keys():
             del group[name]
+        self._names.append(names)
         try:
             self._check_group(group)
         except ValueError:
             self.param_groups.pop()
+            self._names.pop()
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -115,11 +133,9 @@ class CWDOptimizer(torch.optim.Optimizer):
         if rule.matrix is not None:
             group.setdefault("layout", None)
         for position, p in enumerate(group["params"]):
-            name = _describe(group, position)
+            name = self._describe(len(self.param_groups) - 1, position)
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
-            if is_dtensor(p):
-                raise ValueError(f"{name} {_DTENSOR}")
             if rule.matrix is None:
                 continue
             if group["layout"] is not None:
@@ -135,6 +151,8 @@ class CWDOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimizer step; parameters without a gradient are left alone, their step count too.
 
+        A sharded matrix with a gradient on some ranks only is stepped on all, as if it were zero on the others.
+
         Args:
             closure: re-evaluates the model and returns the loss.
 
@@ -142,69 +160,79 @@ class CWDOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: a sparse, complex or meta gradient, or a DTensor; no parameter has changed then.
+            RuntimeError: a sparse, complex or meta gradient; no parameter has changed then. Or another rank ended
+                during an exchange of matrices.
+            ValueError: before the first step, that matrices lie on ranks in a way that is not supported.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             needs_matrices = _rule(group["algorithm"]).matrix is not None
             for position, p in enumerate(group["params"]):
-                if p.grad is not None and (problem := _problem(p, needs_matrices)):
-                    raise RuntimeError(f"{_describe(group, position)} {problem}")
-        for group in self.param_groups:
-            self._step_group(group)
+                if problem := _problem(p, needs_matrices):
+                    raise RuntimeError(f"{self._describe(number, position)} {problem}")
+        if only_initialises(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._state_of(p, _rule(group["algorithm"]).state_keys(group))
+            return loss
+        members = []
+        for number, group in enumerate(self.param_groups):
+            if _rule(group["algorithm"]).matrix is not None:
+                arguments = self._arguments(group)
+                for i, p in enumerate(group["params"]):
+                    members.append(Member(p, self._describe(number, i), group, *arguments))
+        if members:
+            self._matrix_step(members, self._advance, self._step_elementwise)
+        else:
+            self._step_elementwise()
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        rule = _rule(group["algorithm"])
-        keys = rule.state_keys(group)
-        hyper = {name: group[name] for name in rule.hyperparameters}
+    def _step_elementwise(self) -> None:
+        for group in self.param_groups:
+            rule = _rule(group["algorithm"])
+            if rule.matrix is not None:
+                continue
+            direction, decaying = self._arguments(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    kernel = kernels.select(group["kernel"], p.device)
+                    step, buffers = self._advance(p, group)
+                    kernel.update(rule, local(p), local_grad(p), buffers, step=step, **direction, **decaying)
+
+    def _arguments(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the kernels take for a group: for the direction, and for decay and apply."""
+        hyper = {name: group[name] for name in _rule(group["algorithm"]).hyperparameters}
         decaying = {name: group[name] for name in ("weight_decay", "cautious", "mask")}
         decaying |= {"lr": float(group["lr"]), "count": self.decay_count}
-        params = [p for p in group["params"] if p.grad is not None]
-        advanced = [self._advance(p, keys) for p in params]
+        return {"maximize": group["maximize"], "hyper": hyper}, decaying
 
-        def arguments(i: int) -> dict[str, Any]:
-            return {"step": advanced[i][0], "maximize": group["maximize"], "hyper": hyper}
+    def _advance(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
+        """This step's number and this rank's part of a parameter's buffers."""
+        keys = _rule(group["algorithm"]).state_keys(group)
+        state = self._state_of(p, keys)
+        state["step"] += 1
+        return int(state["step"]), [local(state[key]) for key in keys]
 
-        if rule.matrix is None:
-            for i, p in enumerate(params):
-                kernel = kernels.select(group["kernel"], p.device)
-                kernel.update(rule, p, p.grad, advanced[i][1], **arguments(i), **decaying)
-            return
-        layout = None if group["layout"] is None else Layout(**group["layout"])
-
-        def orthogonalized(u: Tensor) -> Tensor:
-            return rule.matrix(u, **hyper)
-
-        def scaled(u: Tensor) -> Tensor:
-            return rule.matrix(u, **hyper).to(u.dtype) * rule.scale(u.shape, **hyper)
-
-        for positions in exchange.rounds(params):
-            kernel = kernels.select(group["kernel"], params[positions[0]].device)
-            directions = [kernel.direction(rule, params[i].grad, advanced[i][1], **arguments(i)) for i in positions]
-            # Matrices of one parameter can differ in shape, and so in scale: theirs goes into the direction.
-            stage = orthogonalized if layout is None else functools.partial(layout.map, scaled)
-            directions = exchange.on_whole_matrices(stage, directions)
-            for i, direction in zip(positions, directions, strict=True):
-                scale = rule.scale(params[i].shape, **hyper) if layout is None else 1.0
-                kernel.apply(params[i], direction, scale=scale, **decaying)
-
-    def _advance(self, p: Tensor, keys: tuple[str, ...]) -> tuple[int, list[Tensor]]:
-        """This step's number and the buffers of a parameter.
-
-        They are made at its first gradient: FSDP2 swaps the parameters after the optimizer was constructed.
-        """
+    def _state_of(self, p: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """A parameter's state, made at its first gradient: FSDP2 swaps parameters after the optimizer was made."""
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)  # a float32 tensor on the CPU, as in torch.optim
         for key in keys:
             if key not in state:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        state["step"] += 1
-        return int(state["step"]), [state[key] for key in keys]
+        return state
+
+    def _describe(self, number: int, position: int) -> str:
+        """A parameter in words, with its name where the optimizer was given names."""
+        group = self.param_groups[number]
+        names = self._names[number] or group.get("param_names")
+        name = f" {names[position]!r}" if names else ""
+        return f"parameter{name} of shape {tuple(group['params'][position].shape)}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, or of the torch.optim one whose rule it follows.
@@ -217,9 +245,6 @@ class CWDOptimizer(torch.optim.Optimizer):
                 (``amsgrad``); nothing has changed then.
         """
         super().load_state_dict(adopt(state_dict, self.param_groups))
-
-
-_DTENSOR = "is a DTensor: FSDP2 and tensor parallelism are not supported yet. Train with DDP or unsharded"
 
 
 def _rule(name: str) -> Rule:
@@ -248,14 +273,15 @@ def _refuse_torch_kernels(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}=True is not supported: {reason}. Leave {name} out")
 
 
-def _describe(group: Mapping[str, Any], position: int) -> str:
-    """A parameter in words, with its name where the optimizer was given names."""
-    name = f" {group['param_names'][position]!r}" if "param_names" in group else ""
-    return f"parameter{name} of shape {tuple(group['params'][position].shape)}"
-
-
 def _problem(p: Tensor, needs_matrices: bool) -> str | None:
-    """Why a parameter with a gradient cannot be stepped, if so."""
+    """Why a parameter cannot be stepped, if so."""
+    if needs_matrices and p.ndim < 2:
+        return (
+            "was a matrix when the optimizer was made and has been flattened since (FSDP version 1, DeepSpeed ZeRO): "
+            "its rule needs whole matrices. Use FSDP with fsdp_version: 2, or an element-wise rule such as cwd_adamw"
+        )
+    if p.grad is None:
+        return None
     if p.grad.layout != torch.strided:
         return (
             "has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
@@ -265,12 +291,4 @@ def _problem(p: Tensor, needs_matrices: bool) -> str | None:
         return "has a complex gradient: a sign is defined for real numbers only"
     if p.grad.is_meta:
         return "has a gradient on the meta device, which holds no numbers: materialise the model"
-    if is_dtensor(p):
-        return _DTENSOR  # FSDP2 swaps the parameters after construction
-    if needs_matrices and p.ndim < 2:
-        return (
-            "was a matrix when the optimizer was made and has been flattened since (DeepSpeed ZeRO, FSDP1): its rule "
-            "needs whole matrices, which is not supported there yet. Train with DDP, or use an element-wise rule such "
-            "as cwd_adamw"
-        )
     return None

@@ -1,5 +1,6 @@
 """Reading a state dict that may come from torch.optim: names are translated, what is missing or foreign is refused."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,3 +68,17 @@ def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], in
     # torch's fused AdamW keeps the step on the parameter's device, old checkpoints keep a plain number.
     state["step"] = torch.as_tensor(step, dtype=torch.float32).cpu()
     return state
+
+
+def only_initialises(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint calls step() to have state made, with zero gradients and a zero lr.
+
+    It must not be taken for a step: the count would advance, and where only some ranks have no state yet, only those
+    would wait for the others. The first step of a warm-up has lr 0 too: what tells them apart is the caller.
+    """
+    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None

@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_cwd import CWDSGD, CWDAdamW, CWDLion, CWDMuon, route
 from tests.stepping import make, parameter, run
@@ -116,22 +114,6 @@ def test_a_complex_gradient(algorithm, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_complex", lambda tensor: tensor is p.grad)
     with pytest.raises(RuntimeError, match="complex gradient"):
         make([p], algorithm).step()
-
-
-def test_dtensors(algorithm, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match="is a DTensor: FSDP2"):
-            make([sharded], algorithm)
-        optimizer = make([parameter(2, 2)], algorithm)
-        optimizer.param_groups[0]["params"][0] = sharded  # what accelerate's FSDP2 does
-        sharded.grad = torch.ones_like(sharded)
-        with pytest.raises(RuntimeError, match="is a DTensor: FSDP2"):
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_matrix_that_was_flattened_behind_our_back():

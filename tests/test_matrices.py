@@ -87,24 +87,6 @@ def test_matrices_are_where_they_are_counted_out_to_be(shape, layout):
 
 
 @every_case
-def test_map_puts_the_matrices_back(shape, layout):
-    x = parameter(*shape, dtype=torch.float64).detach()
-    before = x.clone()
-
-    def function(matrix):  # neither rows, columns, parts nor members of a stack could be exchanged unnoticed
-        rows, columns = torch.arange(matrix.size(-2))[:, None], torch.arange(matrix.size(-1))
-        return matrix / torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True) + rows + 0.01 * columns
-
-    out = layout.map(function, x)
-    assert torch.equal(x, before)
-    assert out.is_contiguous()
-    assert out.shape == x.shape
-    for found, matrix in zip(separate(out, layout), separate(x, layout), strict=True):
-        # Norms of a batch and of one matrix may be summed in another order.
-        torch.testing.assert_close(found, function(matrix), rtol=1e-14, atol=1e-14)
-
-
-@every_case
 @pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
 def test_a_fused_parameter_moves_as_its_matrices_would(shape, layout, adjust_lr_fn):
     x = parameter(*shape, dtype=torch.float64)

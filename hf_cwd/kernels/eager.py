@@ -57,7 +57,7 @@ def direction(
     rule: Rule, grad: Tensor, buffers: Sequence[Tensor], *, step: int, maximize: bool, hyper: Mapping[str, Any]
 ) -> Tensor:
     """The direction of a rule before its matrix stage, as a new tensor of the gradient's shape. Mutates ``buffers``."""
-    u = torch.empty(grad.shape, dtype=_wide(buffers[0].dtype), device=grad.device)
+    u = torch.empty(grad.shape, dtype=wide(buffers[0].dtype), device=grad.device)
     for out, g, *block in _blocks(u, grad, *buffers):
         state = _widen(block)
         g = g.to(out.dtype)
@@ -83,13 +83,14 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that directions and updates of parameters of ``dtype`` are computed in."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _widen(block: Sequence[Tensor]) -> list[Tensor]:
     """The block in the dtype that it is computed in; a tensor that already has it is passed on, not copied."""
-    return [t.to(_wide(t.dtype)) for t in block]
+    return [t.to(wide(t.dtype)) for t in block]
 
 
 def _narrow(wide: Sequence[Tensor], block: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_cwd.decay import MASKS
@@ -36,6 +37,8 @@ class Rule:
             shape and dtype of the parameter and starts at zero.
         hyperparameters: declared hyper-parameters by name; all are passed to ``direction`` by keyword.
         matrix: ``(u, **hyperparameters) -> u`` on a whole matrix, run between ``direction`` and the mask.
+        matrix_dtype: ``(dtype of u, device type, **hyperparameters) -> dtype`` that ``matrix`` computes in.
+        matrix_flops: ``(rows, columns, **hyperparameters) -> int``, what ``matrix`` costs.
         scale: ``(full_shape, **hyperparameters) -> float``, a positive factor on the direction, not on the decay.
         validate: raises ValueError for combinations of hyper-parameters that do not go together.
         aliases: other optimizers' names of our state keys, accepted by ``load_state_dict``.
@@ -47,6 +50,8 @@ class Rule:
     state_keys: Callable[[Mapping[str, Any]], tuple[str, ...]]
     hyperparameters: Mapping[str, Hyperparameter]
     matrix: Callable[..., Tensor] | None = None
+    matrix_dtype: Callable[..., torch.dtype] | None = None
+    matrix_flops: Callable[..., int] | None = None
     scale: Callable[..., float] | None = None
     validate: Callable[[Mapping[str, Any]], None] = _nothing
     aliases: Mapping[str, str] = field(default_factory=dict)

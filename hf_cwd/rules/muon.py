@@ -33,17 +33,27 @@ def direction(grad: Tensor, exp_avg: Tensor, *, step: int, momentum: float, nest
     return grad.lerp(exp_avg, momentum) if nesterov else exp_avg
 
 
-def orthogonalize(u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, eps: float, **_: Any) -> Tensor:
-    """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in ``ns_dtype``.
-
-    ``auto`` is bfloat16 as in torch.optim.Muon, but float32 on a CPU, few of which multiply bfloat16 matrices as fast,
-    and float64 for float64 parameters.
+def dtype(direction: torch.dtype, device: str, *, ns_dtype: str, **_: Any) -> torch.dtype:
+    """The dtype of the iteration: ``auto`` is bfloat16 as in torch.optim.Muon, but float32 on a CPU, few of which
+    multiply bfloat16 matrices as fast, and float64 for float64 directions.
     """
-    dtype = NS_DTYPES.get(ns_dtype)
-    if dtype is None:
-        dtype = torch.float32 if u.device.type == "cpu" else torch.bfloat16
-        dtype = torch.float64 if u.dtype == torch.float64 else dtype
-    return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=dtype)
+    if ns_dtype != "auto":
+        return NS_DTYPES[ns_dtype]
+    if direction == torch.float64:
+        return torch.float64
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def orthogonalize(u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, eps: float, **_: Any) -> Tensor:
+    """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in :func:`dtype`."""
+    number = dtype(u.dtype, u.device.type, ns_dtype=ns_dtype)
+    return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=number)
+
+
+def flops(rows: int, columns: int, *, ns_steps: int, **_: Any) -> int:
+    """Floating-point operations of :func:`orthogonalize`: three products of matrices an iteration."""
+    short, long = sorted((rows, columns))
+    return ns_steps * (4 * short**2 * long + 2 * short**3)
 
 
 def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
@@ -74,6 +84,8 @@ RULE = Rule(
         "adjust_lr_fn": Choice("match_rms_adamw", ("match_rms_adamw", "original", "none"), {None: "original"}),
     },
     matrix=orthogonalize,
+    matrix_dtype=dtype,
+    matrix_flops=flops,
     scale=scale,
     aliases={"momentum_buffer": "exp_avg"},
     companion="adamw",

@@ -1,21 +1,239 @@
-"""The one place where a matrix stage meets the layout of the parameters.
+"""Carries out a plan: gathers matrices at their owners, orthogonalises them there, and sends the results back.
 
-An element-wise rule never comes here. Muon's orthogonalisation needs whole matrices: the optimizer asks for rounds of
-parameters, computes their directions where they lie, has :func:`on_whole_matrices` run the stage, and applies the
-result where it lies. So far every rank must hold its matrices whole (one process, DDP) and repeats the work.
+The only communication of a step is here: one all-to-all in each direction a round, and one all-reduce of a byte a
+parameter by which the ranks agree which parameters have a gradient.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-
-def rounds(params: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Which parameters to orthogonalise together, as positions: one at a time keeps extra memory at one matrix."""
-    for position in range(len(params)):
-        yield [position]
+from hf_cwd.sharding.itinerary import Batch, Itinerary, Part, Round
+from hf_cwd.sharding.plan import Plan
 
 
-def on_whole_matrices(stage: Callable[[Tensor], Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
-    """``stage`` applied to the whole matrix that each local direction is a part of; the local parts of the results."""
-    return [stage(direction) for direction in directions]
+class Transfer(NamedTuple):
+    """An all-to-all under way. Its tensors must live until it is over."""
+
+    work: Any
+    received: Tensor
+    sent: Tensor
+    what: str
+
+
+class Exchange:
+    """One rank's part in a :class:`hf_cwd.sharding.plan.Plan`.
+
+    Args:
+        plan: equal on all ranks; where it has rounds, of all ranks of the default process group.
+        rank: this one.
+        local_sizes: elements of each of the optimizer's local tensors.
+        device: where matrices are gathered and orthogonalised.
+        batch_bytes: matrices that do not move are taken together up to this size.
+
+    Raises:
+        ValueError: see :class:`hf_cwd.sharding.itinerary.Itinerary`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        *,
+        local_sizes: Sequence[int],
+        device: torch.device,
+        batch_bytes: int,
+    ) -> None:
+        self.plan = plan
+        self._device = device
+        peers = range(dist.get_world_size()) if plan.rounds else [rank]
+        self._way = Itinerary(plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes)
+
+    def run(
+        self,
+        present: Sequence[bool],
+        direction: Callable[[int], Tensor],
+        apply: Callable[[int, Tensor], None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One step of all matrices. Every rank must call it; a source without a gradient on any rank is left out.
+
+        At most two rounds of buffers are alive. While a round is orthogonalised, first the results of the one before
+        travel back, then the parts of the one after come in.
+
+        Args:
+            present: whether this rank has a gradient for each source.
+            direction: this rank's part of a source's direction, as a new contiguous tensor; it is also asked for one
+                that only other ranks have a gradient for.
+            apply: takes that part orthogonalised; matrices of a layout other than the default are scaled already.
+            meanwhile: work that needs no matrix, done while the first round travels.
+
+        Raises:
+            RuntimeError: another rank ended, or did not join in time; the message names the round.
+        """
+        rounds, absent, parts = self._way.rounds, set(), {}
+        agreement = None
+        if rounds:
+            agreement, absent = self._agree(present)
+        else:
+            absent = {source for source, found in enumerate(present) if not found}
+
+        def begin(sources: Sequence[int]) -> None:
+            parts.update({source: direction(source) for source in sources if source not in absent})
+
+        def end(sources: Sequence[int]) -> None:
+            for source in sources:
+                if source not in absent:
+                    apply(source, parts.pop(source))
+
+        def gather(k: int) -> Transfer:
+            begin(self._way.begins[k])
+            lent = [[_of_local(parts[p.source], p) for p in peer if p.source not in absent] for peer in rounds[k].lent]
+            sizes = [_size(peer, absent) for peer in rounds[k].gathered]
+            return self._start(lent, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
+
+        def give_back(k: int, matrices: dict[int, Tensor]) -> Transfer:
+            _keep(rounds[k], matrices, parts, absent)
+            sent = [[_of_matrix(matrices[p.job], p) for p in peer if p.source not in absent] for peer in rounds[k].sent]
+            sizes = [_size(peer, absent) for peer in rounds[k].returned]
+            return self._start(sent, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}")
+
+        def finish(k: int, transfer: Transfer) -> None:
+            with _naming(transfer.what):
+                transfer.work.wait()
+            arrived = [p for peer in rounds[k].returned for p in peer if p.source not in absent]
+            received = transfer.received.to(parts[arrived[0].source].device) if arrived else transfer.received
+            _unpack(received, [_of_local(parts[p.source], p) for p in arrived])
+            _scale([(_of_local(parts[p.source], p), p.scale) for p in arrived])
+            end(self._way.ends[k])
+
+        incoming = gather(0) if rounds else None
+        meanwhile()
+        for sources, still in self._way.chunks:
+            begin(sources)
+            stacks, matrices = self._assemble(still, parts, absent)
+            self._orthogonalize(still.second, stacks, matrices)
+            _keep(still, matrices, parts, absent)
+            end(sources)
+        outgoing = None
+        for k, round_ in enumerate(rounds):
+            with _naming(incoming.what):
+                incoming.work.wait()
+            stacks, matrices = self._assemble(round_, parts, absent)
+            arrived = [p for peer in round_.gathered for p in peer if p.source not in absent]
+            _unpack(incoming.received, [_of_matrix(matrices[p.job], p) for p in arrived])
+            incoming = None  # frees its buffers before the next ones are made
+            self._orthogonalize(round_.first, stacks, matrices)
+            if k > 0:
+                finish(k - 1, outgoing)
+                outgoing = None
+            if k + 1 < len(rounds):
+                incoming = gather(k + 1)
+            self._orthogonalize(round_.second, stacks, matrices)
+            outgoing = give_back(k, matrices)
+            del stacks, matrices
+        if rounds:
+            finish(len(rounds) - 1, outgoing)
+            with _naming("agreeing on gradients"):
+                agreement.wait()
+
+    def _agree(self, present: Sequence[bool]) -> tuple[Any, set[int]]:
+        """The sources without a gradient anywhere. A rank that has all of its gradients need not wait to know."""
+        flags = torch.tensor(present, dtype=torch.uint8, device=self._device)
+        with _naming("agreeing on gradients"):
+            work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+            if all(present):
+                return work, set()
+            work.wait()
+        return work, {source for source, found in enumerate(flags.tolist()) if not found}
+
+    def _start(self, parts: list[list[Tensor]], sizes: list[int], dtype: torch.dtype, what: str) -> Transfer:
+        """Sends each peer its parts; ``sizes`` elements come from each."""
+        flat = [part for peer in parts for part in peer]
+        given = [sum(part.numel() for part in peer) for peer in parts]
+        # Packed where the parts lie, which under CPU offload is not where the group communicates.
+        buffer = torch.empty(sum(given), dtype=dtype, device=flat[0].device if flat else self._device)
+        _copy([piece.view(part.shape) for piece, part in zip(_cut(buffer, flat), flat, strict=True)], flat)
+        buffer = buffer.to(self._device)
+        received = torch.empty(sum(sizes), dtype=dtype, device=self._device)
+        with _naming(what):
+            work = dist.all_to_all_single(received, buffer, sizes, given, async_op=True)
+        return Transfer(work, received, buffer, what)
+
+    def _assemble(
+        self, round_: Round, parts: dict[int, Tensor], absent: set[int]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Batches by their first job and, in them, matrices by job, with what this rank itself holds of them."""
+        new = torch.zeros if absent else torch.empty  # an absent matrix in a batch must not be NaN
+        stacks, matrices = {}, {}
+        for batch in (*round_.first, *round_.second):
+            stack = new((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self._device)
+            stacks[batch.jobs[0]] = stack
+            matrices.update(zip(batch.jobs, stack, strict=True))
+        kept = [p for p in round_.kept if p.source not in absent]
+        _copy([_of_matrix(matrices[p.job], p) for p in kept], [_of_local(parts[p.source], p) for p in kept])
+        return stacks, matrices
+
+    def _orthogonalize(self, batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
+        """Replaces the matrices of these batches by their results."""
+        for batch in batches:
+            result = batch.stage(stacks.pop(batch.jobs[0])).to(batch.dtype)
+            matrices.update(zip(batch.jobs, result, strict=True))
+
+
+def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:
+    """Puts the results that stay on this rank into its parts."""
+    kept = [p for p in round_.kept if p.source not in absent]
+    own = [_of_local(parts[p.source], p) for p in kept]
+    _copy(own, [_of_matrix(matrices[p.job], p) for p in kept])
+    _scale([(view, p.scale) for view, p in zip(own, kept, strict=True)])
+
+
+def _of_local(local: Tensor, part: Part) -> Tensor:
+    segment = part.segment
+    return local.as_strided(segment.size, segment.strides, local.storage_offset() + segment.offset)
+
+
+def _of_matrix(matrix: Tensor, part: Part) -> Tensor:
+    view = matrix.view(-1, *part.inner)
+    for dim, (start, size) in enumerate(zip(part.segment.start, part.segment.size, strict=True)):
+        view = view.narrow(dim, start, size)
+    return view
+
+
+def _size(parts: Sequence[Part], absent: set[int]) -> int:
+    return sum(part.segment.numel for part in parts if part.source not in absent)
+
+
+def _cut(buffer: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    return buffer.split([tensor.numel() for tensor in like]) if like else ()
+
+
+def _unpack(buffer: Tensor, places: Sequence[Tensor]) -> None:
+    _copy(places, [piece.view(place.shape) for piece, place in zip(_cut(buffer, places), places, strict=True)])
+
+
+def _copy(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if places:
+        torch._foreach_copy_(places, values)  # on an accelerator, one launch for many
+
+
+def _scale(places: Sequence[tuple[Tensor, float]]) -> None:
+    scaled = [(place, factor) for place, factor in places if factor != 1]
+    if scaled:
+        torch._foreach_mul_([place for place, _ in scaled], [factor for _, factor in scaled])
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the exchange of matrices between ranks failed while {what}: {error}. Another rank has ended, or did not "
+            "call step(); its own error, if any, is the cause"
+        ) from error

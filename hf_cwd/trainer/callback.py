@@ -2,19 +2,22 @@
 
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_cwd.decay import DecayCount
 from hf_cwd.optimizer import CWDOptimizer
+from hf_cwd.sharding.dtensor import is_dtensor
 
 
 class DecayedFractionCallback(TrainerCallback):
     """Adds ``cwd/decayed_fraction`` to ``trainer.state.log_history``.
 
     That is the paper's mask ratio: decayed elements over the elements of the groups with a weight decay, on the one
-    optimizer step before a log, counted in the pass that updates the weights. Other steps count nothing. Does nothing
-    when the optimizer is not one of this package, or where the Trainer logs by epoch.
+    optimizer step before a log, counted in the pass that updates the weights, and on all ranks where parameters are
+    sharded: every rank must have the callback then. Other steps count nothing. Does nothing when the optimizer is not
+    one of this package, or where the Trainer logs by epoch.
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,16 @@ class DecayedFractionCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._optimizer is None or "loss" not in state.log_history[-1]:
             return
-        fraction = self._optimizer.decay_count.fraction
+        count = self._optimizer.decay_count
+        if any(is_dtensor(p) for group in self._optimizer.param_groups for p in group["params"]):
+            count = _of_all_ranks(count, args.device)
+        fraction = count.fraction
         self._optimizer.decay_count = self._optimizer = None
         if fraction is not None:
             state.log_history[-1]["cwd/decayed_fraction"] = fraction
+
+
+def _of_all_ranks(count: DecayCount, device: torch.device) -> DecayCount:
+    both = torch.tensor([int(count.decayed), count.total], device=device)
+    torch.distributed.all_reduce(both)
+    return DecayCount(*both.tolist())

@@ -64,14 +64,15 @@ class Routing:
         """
         first, rest = [], []
         for group in groups:
-            split: dict[tuple[str, Layout | None], list[Any]] = {}
+            split: dict[tuple[str, Layout | None], list[tuple[str, Any]]] = {}
             params = group["params"]
             for entry in [params] if isinstance(params, Tensor) else params:
                 route = self._route(entry)
                 if route is not None:
-                    split.setdefault((route.algorithm, route.layout), []).append(entry)
+                    split.setdefault((route.algorithm, route.layout), []).append((route.name, entry))
             for (algorithm, layout), entries in split.items():
-                part = {**group, "params": entries, "algorithm": algorithm}
+                names, params = map(list, zip(*entries, strict=True))
+                part = {**group, "params": params, "names": names, "algorithm": algorithm}
                 if algorithm == self._matrices:
                     first.append(part | {"layout": None if layout is None else layout.as_group_value()})
                 else:

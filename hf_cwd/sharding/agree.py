@@ -1,0 +1,63 @@
+"""What ranks make sure of together before they exchange anything, once for a set of parameters."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_cwd.sharding import dtensor
+from hf_cwd.sharding.pieces import Mesh
+
+
+def digest(value: Any) -> int:
+    """A number that equal values share, from their repr; it fits into an int64 with either sign."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
+
+
+def same(numbers: Sequence[int], device: torch.device) -> list[bool]:
+    """For each number, whether all ranks gave the same one."""
+    bounds = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64, device=device)
+    dist.all_reduce(bounds, dist.ReduceOp.MIN)
+    least, negated_most = bounds.chunk(2)
+    return (least == -negated_most).tolist()
+
+
+def everybody(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether it is set on all ranks."""
+    common = torch.tensor(flags, dtype=torch.uint8, device=device)
+    dist.all_reduce(common, dist.ReduceOp.MIN)
+    return [bool(flag) for flag in common.tolist()]
+
+
+def are_copies(params: Sequence[Tensor], device: torch.device) -> list[bool]:
+    """For each parameter, whether all ranks have the same bits in it, as far as two sums of them tell."""
+    sums = []
+    for param in params:
+        bits = param.detach().reshape(-1).view(getattr(torch, f"int{8 * param.element_size()}"))
+        sums += [bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]
+    # The sums wrap around; without their lowest and highest bit they can be negated.
+    alike = same([int(s) >> 1 for s in sums], device)
+    return [first and second for first, second in zip(alike[::2], alike[1::2], strict=True)]
+
+
+def is_cut_as_told(param: Tensor, mesh: Mesh, rank: int) -> bool:
+    """Whether this rank's part of a DTensor is what the mesh says, by its full tensor; a collective."""
+    full, part = dtensor.whole(param).detach(), dtensor.local(param.detach())
+    pieces = mesh.pieces(tuple(param.shape), rank)
+    if part.numel() != sum(torch.Size(piece.size).numel() for piece in pieces):
+        return False
+    flat = part.contiguous()
+    for piece in pieces:
+        here = flat.as_strided(piece.size, piece.strides, flat.storage_offset() + piece.offset)
+        there = full[tuple(slice(start, start + size) for start, size in zip(piece.start, piece.size, strict=True))]
+        # Bit for bit: NaN would not be equal to itself.
+        if not torch.equal(_bytes(here), _bytes(there.to(here.device))):
+            return False
+    return True
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,45 @@
+"""What is done with a whole matrix between direction and mask."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cwd.rules import RULES
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The matrix stage of a rule with its hyper-parameters; equal ones can run on one batch of matrices.
+
+    Attributes:
+        rule: name of the rule.
+        hyper: its hyper-parameters as sorted pairs.
+    """
+
+    rule: str
+    hyper: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, rule: str, hyper: Mapping[str, Any]) -> "Stage":
+        return cls(rule, tuple(sorted((name, _hashable(value)) for name, value in hyper.items())))
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return RULES[self.rule].matrix(u, **dict(self.hyper))
+
+    def scale(self, shape: Sequence[int]) -> float:
+        return RULES[self.rule].scale(shape, **dict(self.hyper))
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        return RULES[self.rule].matrix_flops(*shape, **dict(self.hyper))
+
+    def wire(self, direction: torch.dtype, device: str) -> torch.dtype:
+        """The dtype that matrices travel in. The stage rounds to its own anyway: nothing is lost by doing it first."""
+        number = RULES[self.rule].matrix_dtype(direction, device, **dict(self.hyper))
+        return min(direction, number, key=lambda dtype: dtype.itemsize)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
