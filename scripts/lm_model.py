@@ -1,13 +1,16 @@
 """Models and tokenizers: built, loaded, and known to fit each other."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from lm_args import LanguageModelArguments, ModelArguments, UsageError
 from lm_data import train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 
 def load_config(args: ModelArguments):
@@ -63,13 +66,37 @@ def load_tokenizer(args: LanguageModelArguments, training: TrainingArguments, do
 
 
 def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, **pretrained: Any):
-    """The model that `args` name, as one of the task of `auto`; `pretrained` is for its `from_pretrained` only."""
+    """The model that `args` name, as one of the task of `auto`; `pretrained` is for its `from_pretrained` only.
+
+    Under tensor parallelism (`accelerate launch --config_file configs/accelerate/tp.yaml`) it comes cut into parts.
+    """
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     options = {"config": config, "dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    cut = _cut()
     if args.config_name is not None:
-        return auto.from_config(**options)
+        model = auto.from_config(**options)
+        if cut:  # only from_pretrained cuts; every process made the same weights, and keeps its part
+            model = type(model).from_pretrained(
+                None, config=model.config, dtype=model.dtype, state_dict=model.state_dict(), **cut
+            )
+        return model
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    return auto.from_pretrained(args.model_name_or_path, **options, **hub, **pretrained)
+    return auto.from_pretrained(args.model_name_or_path, **options, **hub, **cut, **pretrained)
+
+
+def _cut() -> dict[str, DistributedConfig]:
+    """How Accelerate's configuration has transformers cut a model when it loads it: nothing without tensor parallelism.
+
+    FSDP2 beside it is then transformers' as well. On its own, FSDP2 is Accelerate's, after the model is loaded.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false") != "true":
+        return {}
+    sizes = ParallelismConfig()  # from Accelerate's environment
+    if not sizes.tp_enabled:
+        return {}
+    if sizes.dp_replicate_enabled:
+        raise UsageError("tensor parallelism takes no dp_replicate_size: give dp_shard_size instead, or leave it out")
+    return {"distributed_config": DistributedConfig(tp_size=sizes.tp_size, fsdp_size=sizes.dp_shard_size)}
 
 
 def check_sizes(config, tokenizer, block_size: int | None) -> int:

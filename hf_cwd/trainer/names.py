@@ -16,7 +16,14 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from hf_cwd.trainer.options import PREFIX, check_training_arguments, handler, names, unknown_name
+from hf_cwd.trainer.options import (
+    PREFIX,
+    check_finished_arguments,
+    check_training_arguments,
+    handler,
+    names,
+    unknown_name,
+)
 
 _lock = threading.RLock()
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
@@ -73,6 +80,7 @@ def _on_training_args(module: ModuleType) -> None:
         def __post_init__(self: Any) -> None:  # noqa: N807
             check_training_arguments(self)
             original(self)
+            check_finished_arguments(self)
 
         __post_init__._hf_cwd_original = original
         module.TrainingArguments.__post_init__ = __post_init__

@@ -15,7 +15,9 @@ from hf_cwd import optimizers
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.hyperparameters import Hyperparameter, Real, checked
+from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.trainer.routing import Routing, route
+from hf_cwd.trainer.sharded import check_sharding
 from hf_cwd.trainer.targets import Targets
 
 PREFIX = "cwd_"
@@ -54,11 +56,14 @@ def options(rule_name: str) -> dict[str, Option]:
     """The keys of ``--optim_args`` for ``cwd_<rule_name>``.
 
     A rule with a companion (Muon's AdamW) takes the companion's hyper-parameters with its name as prefix, and without
-    it where the rule has none of that name: ``adamw_betas`` and ``betas``, but ``adamw_eps`` only.
+    it where the rule has none of that name: ``adamw_betas`` and ``betas``, but ``adamw_eps`` only. One with a matrix
+    stage takes :data:`hf_cwd.sharding.plan.EXCHANGE` as well.
     """
     rule = RULES[rule_name]
     known = {name: Option(name, kind) for name, kind in rule.hyperparameters.items()}
     known |= {name: Option(name, COMMON[name]) for name in ("cautious", "mask", "kernel")}
+    if rule.matrix is not None:
+        known |= {name: Option(name, kind) for name, kind in EXCHANGE.items()}
     if rule.companion is not None:
         for name, kind in {"lr": Real(COMMON["lr"].default), **RULES[rule.companion].hyperparameters}.items():
             argument = f"{rule.companion}_{name}"
@@ -138,7 +143,7 @@ def check_training_arguments(args: Any) -> None:
     """Called when TrainingArguments are built: what would fail at the optimizer fails before a model is loaded.
 
     Raises:
-        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist, and sharded training.
+        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist, and DeepSpeed.
         ImportError: a transformers that is too old for our names.
     """
     name = _name(args)
@@ -154,18 +159,20 @@ def check_training_arguments(args: Any) -> None:
             f"--optim {name} needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
             f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
         )
-    for flag, variable in {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}.items():
-        # Accelerate would put another optimizer in our place (DeepSpeed's offload), or shards behind our back.
-        if getattr(args, flag) or os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise ValueError(f"--optim {name} does not support --{flag} yet: train with DDP, by torchrun without it")
-    if args.parallelism_config is not None:
-        raise ValueError(
-            f"--optim {name} does not support parallelism_config yet: train with DDP, by torchrun without it"
-        )
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
+        # With offload Accelerate would put an optimizer of DeepSpeed's in our place.
+        raise ValueError(f"--optim {name} does not support --deepspeed yet: train with DDP or FSDP2, without it")
     arguments = optimizer_arguments(args)
     rule = RULES[name.removeprefix(PREFIX)]
     kinds = {**COMMON, **rule.hyperparameters}
     rule.checked_hyperparameters({key: kind.default for key, kind in kinds.items()} | arguments)
+
+
+def check_finished_arguments(args: Any) -> None:
+    """Called when TrainingArguments are built and transformers has filled them in: see :func:`check_sharding`."""
+    name = _name(args)
+    if name in names():
+        check_sharding(name, RULES[name.removeprefix(PREFIX)], args)
 
 
 def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
@@ -176,6 +183,7 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     """
     name = _name(ctx.args)
     rule = RULES[name.removeprefix(PREFIX)]
+    check_sharding(name, rule, ctx.args)
     _check_world(ctx.args)
     arguments = optimizer_arguments(ctx.args)
     described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())

@@ -1,10 +1,13 @@
 """--optim_args by declared type; the flags that are the user's; errors before a model is loaded."""
 
+import copy
+
 import pytest
+from accelerate import ParallelismConfig
 from transformers import Trainer
 
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.options import options, parse_optim_args
+from hf_cwd.trainer.options import check_finished_arguments, options, parse_optim_args
 
 from .conftest import tiny_llama
 
@@ -26,6 +29,7 @@ from .conftest import tiny_llama
         ),
         ("cwd_muon", "eps=1e-5,adamw_eps=1e-9", {"eps": 1e-5, "adamw_eps": 1e-9}),
         ("cwd_muon", "ns_steps=6,ns_dtype=float32", {"ns_steps": 6, "ns_dtype": "float32"}),
+        ("cwd_muon", "share=never,exchange_bytes=1048576", {"share": "never", "exchange_bytes": 1 << 20}),
         ("cwd_muon", "ns_coefficients=2:-1.5:0.5", {"ns_coefficients": ((2.0, -1.5, 0.5),)}),
     ],
 )
@@ -57,6 +61,8 @@ def test_strings_become_typed_arguments(name, text, expected):
         ("mask=product", r"mask='product' is not valid: mask is one of ge, gt"),
         ("kernel=cuda", r"kernel='cuda' is not valid"),
         ("ns_coefficients=septic", r"ns_coefficients='septic' is not valid: .*one of quintic"),
+        ("share=some", r"share='some' is not valid: share is one of auto, always, never"),
+        ("exchange_bytes=0", r"exchange_bytes='0' is not valid: exchange_bytes is a whole number from 1"),
         ("lr=0.1", r"lr is set by --learning_rate"),
         ("weight_decay=0.1", r"weight_decay is set by --weight_decay"),
     ],
@@ -75,6 +81,7 @@ def test_every_option_s_default_is_valid(algorithm):
     for name, option in options(algorithm).items():
         assert option.kind.check(option.kind.default) is not None, name
     assert set(rule.hyperparameters) <= options(algorithm).keys()
+    assert ({"share", "exchange_bytes"} <= options(algorithm).keys()) == (rule.matrix is not None)
 
 
 def built(args, model=None):
@@ -135,16 +142,80 @@ def test_contradictions_and_what_cannot_be_honoured(arguments):
         arguments(optim="cwd_sgd", optim_args="nesterov=true")
 
 
-def test_sharded_training_is_refused_until_it_is_supported(arguments, monkeypatch):
-    for flag in ("deepspeed", "fsdp"):
-        with pytest.raises(ValueError, match=f"cwd_lion does not support --{flag} yet: train with DDP"):
-            arguments(optim="cwd_lion", **{flag: "full_shard" if flag == "fsdp" else "zero3.json"})
-        monkeypatch.setenv(f"ACCELERATE_USE_{flag.upper()}", "true")
-        with pytest.raises(ValueError, match=f"does not support --{flag} yet"):
-            arguments(optim="cwd_adamw")
-        monkeypatch.undo()
-    with pytest.raises(ValueError, match="does not support parallelism_config yet"):
-        arguments(optim="cwd_adamw", parallelism_config=object())
+def test_deepspeed_is_refused_until_it_is_supported(arguments, monkeypatch):
+    message = "does not support --deepspeed yet: train with DDP or FSDP2"
+    with pytest.raises(ValueError, match=f"cwd_lion {message}"):
+        arguments(optim="cwd_lion", deepspeed="zero3.json")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=f"cwd_adamw {message}"):
+        arguments(optim="cwd_adamw")
+
+
+FSDP1 = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 1}}
+
+
+def optimizer_of(args):
+    """What the Trainer asks for when it makes the optimizer; a Trainer would need the processes."""
+    return Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+
+
+def refused_twice(args, message):
+    """When TrainingArguments are finished, and when the optimizer is made."""
+    for check in (check_finished_arguments, optimizer_of):
+        with pytest.raises(ValueError, match=message):
+            check(args)
+
+
+def accepted(args):
+    check_finished_arguments(args)
+    optimizer_of(args)
+
+
+def test_sharded_layouts_are_accepted(arguments, algorithm, monkeypatch):
+    name = f"cwd_{algorithm}"
+    accepted(arguments(optim=name, fsdp="full_shard", fsdp_config={"fsdp_version": 2}))
+    sizes = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2, tp_size=2)
+    accepted(arguments(optim=name, parallelism_config=sizes))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    accepted(arguments(optim=name))
+
+
+def test_fsdp1_is_refused_where_the_optimizer_gets_no_matrices(arguments, algorithm, monkeypatch):
+    name, whole = f"cwd_{algorithm}", RULES[algorithm].matrix is not None
+    flat = "needs whole matrices.*fsdp_version: 2" if whole else "needs use_orig_params.*fsdp_use_orig_params: true"
+    plain = arguments(optim=name)
+    with pytest.raises(ValueError, match=f"{name} .*{flat}"):
+        arguments(optim=name, fsdp="full_shard", fsdp_config={"version": 1, "use_orig_params": False})
+    if whole:
+        with pytest.raises(ValueError, match=flat):
+            arguments(optim=name, **copy.deepcopy(FSDP1))
+    else:
+        accepted(arguments(optim=name, **copy.deepcopy(FSDP1)))  # transformers sets use_orig_params
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # whose version is 1 where it names none
+    refused_twice(plain, flat)
+    monkeypatch.setenv("FSDP_USE_ORIG_PARAMS", "true")
+    if whole:
+        refused_twice(plain, flat)
+    else:
+        accepted(plain)
+
+
+@pytest.mark.parametrize("kind", ["cp", "sp"])
+def test_context_and_sequence_parallelism_are_refused_by_name(kind, arguments, algorithm, monkeypatch):
+    message = f"cwd_{algorithm} does not support {kind}_size=2: .*Set {kind}_size to 1"
+    plain, sizes = arguments(optim=f"cwd_{algorithm}"), ParallelismConfig(**{f"{kind}_size": 2})
+    with pytest.raises(ValueError, match=message):
+        arguments(optim=f"cwd_{algorithm}", parallelism_config=sizes)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "2")
+    refused_twice(plain, message)
+
+
+def test_layouts_of_other_optimizers_are_none_of_our_business(arguments):
+    check_finished_arguments(arguments(optim="adamw_torch", **copy.deepcopy(FSDP1)))
 
 
 def test_cautious_false_and_mask_reach_every_group(arguments, algorithm):

@@ -1,0 +1,219 @@
+"""configs/accelerate and scripts/launch_local: every layout, in real processes, trains what DDP trains."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ENVIRONMENT, ROOT, write_material
+from tests.trainer.conftest import tiny_llama
+
+LAYOUTS = sorted(path.stem for path in (ROOT / "configs/accelerate").glob("*.yaml") if path.stem != "single")
+# One rule of each kind, the second with AdamW beside it.
+RULES = {"lion": "CWDLion", "muon": "CWDMuon"}
+FSDP1 = {"lion": "CWDLion", "adamw": "CWDAdamW"}
+# Processes, and how many of them see a batch of their own.
+PROCESSES = {"ddp": (2, 2), "fsdp2": (2, 2), "hsdp": (4, 4), "tp": (2, 1)}
+PLACEMENTS = {
+    "ddp": {"None"},
+    "fsdp2": {"(Shard(dim=0),)"},
+    "hsdp": {"(Replicate(), Shard(dim=0))"},
+    "tp": {"None", "(Shard(dim=0),)", "(Shard(dim=1),)"},  # norms are whole on both ranks
+}
+BATCH = 8
+# Trains with scripts/pretrain.py once for each rule; arguments: folders of the material and of the output, and flags.
+SCRIPT = """
+import hashlib, json, os, sys
+from pathlib import Path
+
+sys.path.insert(0, {scripts!r})
+import pretrain
+from transformers import TrainerCallback
+
+material, output, *flags = sys.argv[1:]
+reports = {{}}
+
+
+class Report(TrainerCallback):
+    def on_train_end(self, args, state, control, model, optimizer, **kwargs):
+        while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
+            optimizer = optimizer.optimizer
+        digest = hashlib.sha256()
+        for p in model.parameters():
+            digest.update((p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy().tobytes())
+        params = {{id(p) for group in optimizer.param_groups for p in group["params"]}}
+        reports[args.run_name] = {{
+            "world_size": args.world_size,
+            "optimizer": type(optimizer).__name__,
+            "own": params == {{id(p) for p in model.parameters()}},
+            "placements": sorted({{str(getattr(p, "placements", None)) for p in model.parameters()}}),
+            "undecayed": sum(len(g["params"]) for g in optimizer.param_groups if g["weight_decay"] == 0),
+            "losses": [log["loss"] for log in state.log_history if "loss" in log],
+            "digest": digest.hexdigest(),
+        }}
+
+
+def train(rule, name, *more):
+    # Once from weights: under tensor parallelism they come cut from the files, others from the model that was made.
+    source = "--model_name_or_path" if rule == "lion" else "--config_name"
+    metrics = pretrain.main(
+        [source, f"{{material}}/model", "--train_file", f"{{material}}/train.txt", "--cache_dir", f"{{output}}/cache",
+         "--optim", f"cwd_{{rule}}", "--run_name", name, "--output_dir", f"{{output}}/{{name}}", *flags, *more],
+        [Report()],
+    )
+    reports[name]["eval_loss"] = metrics["eval_loss"]
+
+
+for rule in {rules}:
+    train(rule, rule)
+if Path(output).name == "ddp":
+    # Weights in one piece are not saved: on a CPU torch 2.13's FSDP1 then ends in a segmentation fault.
+    config = {{"fsdp_version": 1, "sync_module_states": False, "state_dict_type": "SHARDED_STATE_DICT"}}
+    for rule in {fsdp1}:
+        train(rule, f"fsdp1-{{rule}}", "--fsdp", "full_shard", "--fsdp_config", json.dumps(config))
+print("rank", os.environ["RANK"], "is done")
+Path(output, f"rank-{{os.environ['RANK']}}.json").write_text(json.dumps(reports))
+"""
+FLAGS = {
+    "max_steps": 6,
+    "logging_steps": 1,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.1,
+    "max_eval_samples": 2 * BATCH,  # whole batches: a part of one weighs otherwise where two ranks have the same batch
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": "true",
+}
+
+
+def run(command, folder, **environment):
+    return subprocess.run(
+        list(map(str, command)), cwd=folder, env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A virtual environment for scripts/env.sh: this interpreter, which installs nothing."""
+    folder = tmp_path_factory.mktemp("environment")
+    python = folder / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1 $2" == "-m pip" ]] || exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return {"VIRTUAL_ENV": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, environment):
+    """What every layout's process printed, and its ranks' reports for each rule."""
+    folder = tmp_path_factory.mktemp("layouts")
+    write_material(folder)
+    tiny_llama(vocab_size=320, num_key_value_heads=2).save_pretrained(folder / "model")  # a head for each rank of tp
+    (folder / "script.py").write_text(
+        SCRIPT.format(scripts=str(ROOT / "scripts"), rules=list(RULES), fsdp1=list(FSDP1))
+    )
+
+    def launch(layout):
+        output = folder / layout
+        output.mkdir()
+        flags = {**FLAGS, "per_device_train_batch_size": BATCH // PROCESSES[layout][1]}
+        flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+        command = [ROOT / "scripts/launch_local", "--layout", layout, folder / "script.py", folder, output, *flags]
+        done = run(command, folder, HF_HOME=str(folder / "home"), **environment)
+        # Not the exit status: about one launch in 50 aborts at the interpreter's exit, after correct results.
+        reports = [json.loads(path.read_text()) for path in sorted(output.glob("rank-*.json"))]
+        assert len(reports) == PROCESSES[layout][0], done.stdout + done.stderr
+        return done, reports
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(PROCESSES, pool.map(launch, PROCESSES), strict=True))
+
+
+def check_training(report):
+    assert report["own"], "the optimizer steps the parameters that the model has once it is cut"
+    assert report["undecayed"] == 5, "the norms"
+    assert all(map(math.isfinite, report["losses"]))
+    assert report["losses"][-1] < report["losses"][0]
+
+
+def check_same_training(report, other):
+    # The same batches and weights: what differs is rounding (seen: 1e-6), which may turn a sign of Lion's.
+    assert report["losses"] == pytest.approx(other["losses"], abs=1e-4)
+    assert report["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-4)
+
+
+def test_every_configuration_is_launched():
+    assert set(LAYOUTS) == PROCESSES.keys()
+
+
+@pytest.mark.parametrize("layout", PROCESSES)
+def test_layout_trains_as_ddp_does(layout, launched):
+    done, ranks = launched[layout]
+    for rule, optimizer in RULES.items():
+        report, *others = [rank[rule] for rank in ranks]
+        assert (report["optimizer"], report["world_size"]) == (optimizer, PROCESSES[layout][0])
+        assert set(report["placements"]) == PLACEMENTS[layout]
+        check_training(report)
+        check_same_training(report, launched["ddp"][1][0][rule])
+        for other in others:
+            assert (other["digest"], other["eval_loss"]) == (report["digest"], report["eval_loss"])
+    assert re.findall(r"^rank (\d) is done$", done.stdout, re.MULTILINE) == ["0"], "the others are not heard"
+
+
+@pytest.mark.parametrize("rule", FSDP1)
+def test_fsdp1_trains_element_wise_rules_on_the_model_s_own_parameters(rule, launched):
+    _, ranks = launched["ddp"]
+    for rank in ranks:
+        report = rank[f"fsdp1-{rule}"]
+        assert report["optimizer"] == FSDP1[rule]
+        check_training(report)
+        assert report["eval_loss"] == ranks[0][f"fsdp1-{rule}"]["eval_loss"]
+    if rule in RULES:
+        check_same_training(report, ranks[0][rule])
+        assert report["digest"] != ranks[0][rule]["digest"], "a rank has a part"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--layout", "fsdp3", "script.py"],
+            "There is no layout 'fsdp3': give --layout and one of: ddp fsdp2 hsdp tp.\n",
+        ),
+        (["script.py"], "There is no layout ''"),
+        (["--layout"], "usage: scripts/launch_local --layout LAYOUT"),
+        (["--layout", "tp"], "There is no script: usage:"),
+        (["--layout", "tp", "--processes", "1", "script.py"], "--processes 1: give a number of processes, at least 2"),
+        (["--help"], "where LAYOUT is one of: ddp fsdp2 hsdp tp\n"),
+    ],
+)
+def test_wrong_use_of_launch_local(arguments, message, environment, tmp_path):
+    done = run([ROOT / "scripts/launch_local", *arguments], tmp_path, **environment)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_a_failure_says_where_the_other_ranks_output_is(tmp_path):
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    started = 'echo "$PET_REDIRECTS $*" >started; exit 3'
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$2" != accelerate.* ]] || {{ {started}; }}\necho 3.12\n')
+    python.chmod(0o755)
+    arguments = ["--layout", "hsdp", "script.py", "--optim", "cwd_sgd"]
+    environment = {"VIRTUAL_ENV": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = run([ROOT / "scripts/launch_local", *arguments], tmp_path, **environment)
+    assert done.returncode == 1
+    folder = re.search(r"hsdp failed; the output of ranks 1 to 3 is in (.*)\.\n", done.stderr)[1]
+    assert Path(folder).is_dir()
+    command = (tmp_path / "started").read_text()
+    assert command.startswith("0:0,1:3,2:3,3:3 -m accelerate.commands.launch --config_file ")
+    assert f"--num_processes 4 --main_process_port 0 --log_dir {folder} " in command
+    assert command.endswith("/scripts/cpu_ranks.py script.py --optim cwd_sgd --use_cpu\n")
