@@ -143,7 +143,10 @@ class Exchange:
 
     def _agree(self, present: Sequence[bool]) -> tuple[Any, set[int]]:
         """The sources without a gradient anywhere. A rank that has all of its gradients need not wait to know."""
-        flags = torch.tensor(present, dtype=torch.uint8, device=self._device)
+        # Made on the device where that can be: copying a list there waits for the backward pass.
+        flags = torch.ones(len(present), dtype=torch.uint8, device=self._device)
+        if not all(present):
+            flags.copy_(torch.tensor(present))
         with _naming("agreeing on gradients"):
             work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
             if all(present):

@@ -1,6 +1,7 @@
 """Which parts of a tensor a rank holds, as rectangles. Arithmetic only: no tensor, no process group."""
 
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -215,14 +216,23 @@ def held(shape: Shape, layout: Layout, sharding: Sharding, rank: int) -> dict[in
 
 @cache
 def check(shape: Shape, sharding: Sharding) -> None:
-    """Raises ValueError where the pieces of some replica do not add up to the tensor."""
+    """Raises ValueError where the pieces of some replica do not tile the tensor.
+
+    Every element weighs something else, so that one that is missing and one that is held twice do not cancel.
+    """
+    weights = random.Random(0)
+    sums = [list(itertools.accumulate((weights.getrandbits(62) for _ in range(n)), initial=0)) for n in shape]
     copies: dict[int, int] = {}
     for rank in sharding.ranks:
         pieces, replica = sharding.pieces(shape, rank), sharding.replica(rank)
-        copies[replica] = copies.get(replica, 0) + sum(prod(piece.size) for piece in pieces)
-    wrong = {replica: count for replica, count in copies.items() if count != prod(shape)}
+        for start, size, _, _ in pieces:
+            if any(first < 0 or first + n > whole for first, n, whole in zip(start, size, shape, strict=True)):
+                raise ValueError(f"rank {rank} holds {size} from {start} of a tensor of shape {shape}")
+        weight = sum(prod(s[a + n] - s[a] for s, a, n in zip(sums, p.start, p.size, strict=True)) for p in pieces)
+        copies[replica] = copies.get(replica, 0) + weight
+    wrong = [replica for replica, weight in copies.items() if weight != prod(s[-1] for s in sums)]
     if wrong:
-        raise ValueError(f"the parts that ranks hold of shape {shape} have {wrong} elements in all")
+        raise ValueError(f"the parts that ranks hold of shape {shape} do not tile it in replicas {wrong}")
 
 
 def _axes(shape: Shape, layout: Layout) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:

@@ -4,7 +4,6 @@ Nothing here needs a process group or a tensor. Every rank computes the same pla
 carries it out.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -122,7 +121,6 @@ def plan(
     entries = tuple(entries)
     ranks = sorted({rank for entry in entries for rank in entry.sharding.ranks})
     flops, load = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
-    queues: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
     jobs, waiting = [], []
     for i, entry in enumerate(entries):
         table, copies = _holders(entry.shape, entry.layout, entry.sharding), _replicas(entry.sharding)
@@ -136,21 +134,16 @@ def plan(
                 if len(candidates) == 1:
                     jobs.append(Job(i, matrix, shape, candidates[0], serves))
                     flops[candidates[0]] += cost
-                    load[candidates[0]] += _bytes(entry, shape)
                 else:
                     waiting.append((-cost, i, matrix, shape, serves, candidates))
+    largest = max((_bytes(entries[i], shape) for _, i, _, shape, _, _ in waiting), default=0)
     for cost, i, matrix, shape, serves, candidates in sorted(waiting):
-        queue = queues.setdefault(candidates, [])
-        if not queue:
-            queue.extend((flops[rank], load[rank], rank) for rank in candidates)
-            heapq.heapify(queue)
-        # Several queues share the ranks: what another one has added since is caught up with here.
-        while queue[0][:2] != (flops[queue[0][2]], load[queue[0][2]]):
-            rank = queue[0][2]
-            heapq.heapreplace(queue, (flops[rank], load[rank], rank))
-        owner = queue[0][2]
+        # Of the ranks that this leaves within one largest matrix of the others in bytes too, the one with least to do.
+        size, least = _bytes(entries[i], shape), min(load[rank] for rank in candidates)
+        near = (rank for rank in candidates if load[rank] + size <= least + largest)
+        owner = min(near, key=lambda rank: (flops[rank], load[rank], rank))
         flops[owner] -= cost
-        load[owner] += _bytes(entries[i], shape)
+        load[owner] += size
         jobs.append(Job(i, matrix, shape, owner, serves))
     jobs.sort(key=lambda job: (job.entry, job.matrix, job.serves))
     return _in_rounds(entries, jobs, ranks, flops, exchange_bytes)
@@ -182,13 +175,13 @@ def _in_rounds(
     placed = list(jobs)
     for dtype in sorted({entry.dtype for entry in entries}, key=str):
         here, largest = dict.fromkeys(ranks, 0), 0
-        moving: dict[int, list[int]] = {}
+        moving: list[int] = []
         for i, job in enumerate(jobs):
             entry = entries[job.entry]
             parts = holders(entry, job) if entry.dtype == dtype else {}
             if len(parts) <= 1:
                 continue  # whole where it is, and nobody else wants the result
-            moving.setdefault(job.owner, []).append(i)
+            moving.append(i)
             largest = max(largest, job.numel)
             here[job.owner] += job.numel - parts[job.owner]
             for rank, numel in parts.items():
@@ -197,12 +190,11 @@ def _in_rounds(
         if not moving:
             continue
         count = ceil(max(here.values()) * dtype.itemsize / max(exchange_bytes, largest * dtype.itemsize))
-        for numbers in moving.values():
-            total, before = sum(jobs[i].numel for i in numbers), 0
-            for i in numbers:
-                middle = (before + jobs[i].numel / 2) / total
-                placed[i] = _at(jobs[i], rounds + int(middle * count))
-                before += jobs[i].numel
+        total, before = sum(jobs[i].numel for i in moving), 0
+        for i in moving:
+            middle = (before + jobs[i].numel / 2) / total
+            placed[i] = _at(jobs[i], rounds + int(middle * count))
+            before += jobs[i].numel
         rounds += count
         for rank, numel in here.items():
             received[rank] += numel * dtype.itemsize

@@ -1,0 +1,1 @@
+"""Sharded training: the same weights as one process, whatever the layout."""
