@@ -151,7 +151,7 @@ class CWDOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimizer step; parameters without a gradient are left alone, their step count too.
 
-        A sharded matrix with a gradient on some ranks only is stepped on all, as if it were zero on the others.
+        A matrix that is spread over ranks and has a gradient on some only is stepped as if it were zero on the others.
 
         Args:
             closure: re-evaluates the model and returns the loss.

@@ -1,4 +1,7 @@
-"""``hf-cwd explain``: what trains each parameter of a model, with which learning rate and weight decay, and why."""
+"""``hf-cwd explain``: what trains each parameter of a model, with which learning rate and weight decay, and why.
+
+With ``--layout`` also what a step costs each rank of a parallel run.
+"""
 
 import argparse
 import re
@@ -9,13 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hf_cwd.cli.layouts import GRAMMAR, Cost, Parallelism, costs, entries, parallelism, positions, shardings
 from hf_cwd.rules import RULES
+from hf_cwd.sharding.plan import EXCHANGE, Plan, flops_per_byte, plan
 from hf_cwd.trainer.options import PREFIX, names, optimizer_arguments
 from hf_cwd.trainer.routing import Route, Routing, route
 
 # Tried in this order where a configuration does not say which model it is of.
 AUTO_CLASSES = ("CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "SpeechSeq2Seq", "ImageTextToText", "CTC")
 TRAINER_FLAGS = ("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+LINES = 16  # of the table of ranks; where there would be more, one line says from what to what
 
 
 class Row(NamedTuple):
@@ -39,13 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight_decay", type=float, default=0.0, help="default: %(default)s, the Trainer's")
     parser.add_argument("--model_class", help="a class of transformers; default: the one that the configuration names")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--all", action="store_true", help="one line for every parameter; default: layers are folded")
+    parser.add_argument(
+        "--all", action="store_true", help="one line for every parameter and rank; default: what is alike is folded"
+    )
+    parser.add_argument("--layout", help=f"what a step costs each rank: {GRAMMAR}".replace("%", "%%"))
+    parser.add_argument("--world", type=int, help="number of ranks")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters; default: %(default)s")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        help="type of the devices that train, which decides ns_dtype=auto; default: %(default)s",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints the table and the totals. No weight is read or allocated."""
     from transformers import Trainer, TrainingArguments
 
+    if args.layout is None and args.world is not None:
+        raise ValueError(f"--world {args.world} needs --layout: {GRAMMAR}")
+    layout = None if args.layout is None else parallelism(args.layout, args.world)
     flags = {name: getattr(args, name) for name in TRAINER_FLAGS}
     arguments = optimizer_arguments(TrainingArguments(output_dir="unused", use_cpu=True, report_to="none", **flags))
     model = load(args.model, model_class=args.model_class, trust_remote_code=args.trust_remote_code)
@@ -62,6 +82,15 @@ def main(args: argparse.Namespace) -> int:
     print(title, "", *_table(rows if args.all else fold(rows)), "", *_totals(routing, arguments), sep="\n")
     if args.weight_decay == 0:
         print("--weight_decay is 0, the Trainer's default: nothing is decayed. Try --weight_decay 0.1")
+    if layout is not None:
+        dtype, matrices = getattr(torch, args.dtype), None
+        if rule.companion is not None:
+            options = {name: arguments.get(name, kind.default) for name, kind in EXCHANGE.items()}
+            found = entries(model, routing, layout, arguments=arguments, dtype=dtype, device=args.device)
+            matrices = plan(found, balance=flops_per_byte(args.device), **options)
+        states = {r.name: _states(r, arguments) for r in routing.routes}
+        found = costs(model, shardings(model, layout), matrices, states=states, dtype=dtype)
+        print("", *_ranks(layout, found, matrices, args), sep="\n")
     return 0
 
 
@@ -161,11 +190,75 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _totals(routing: Routing, arguments: dict[str, Any]) -> list[str]:
     """What each rule gets, and the memory of its states."""
-    lines, states = [routing.summary()], 0
-    for r in routing.routes:
-        if r.algorithm is not None:
-            rule = RULES[r.algorithm]
-            defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
-            states += r.numel * len(rule.state_keys(defaults | arguments))
-    lines.append(f"{sum(r.numel for r in routing.routes):,} parameters; optimizer states: {states:,} elements")
+    states = sum(r.numel * _states(r, arguments) for r in routing.routes)
+    total = sum(r.numel for r in routing.routes)
+    return [routing.summary(), f"{total:,} parameters; optimizer states: {states:,} elements"]
+
+
+def _states(r: Route, arguments: dict[str, Any]) -> int:
+    """How many state tensors of its shape a parameter has."""
+    if r.algorithm is None:
+        return 0
+    rule = RULES[r.algorithm]
+    defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
+    return len(rule.state_keys(defaults | arguments))
+
+
+def _ranks(layout: Parallelism, found: Sequence[Cost], matrices: Plan | None, args: argparse.Namespace) -> list[str]:
+    """What each rank keeps, receives and does."""
+    lines = [f"--layout {layout}: {len(found):,} ranks, {args.dtype} parameters"]
+    same = positions(found)
+    titles = ["ranks", "weights", "gradients", "states", "buffers", "bytes received", "GFLOP"]
+    if args.all:
+        cells = [(str(rank), *_amounts(cost, cost)) for rank, cost in enumerate(found)]
+    elif len(same) <= LINES:
+        cells = [(_some(ranks), *_amounts(cost, cost)) for cost, ranks in same.items()]
+    else:
+        columns = list(zip(*found, strict=True))
+        cells = [(_some(range(len(found))), *_amounts(Cost(*map(min, columns)), Cost(*map(max, columns))))]
+    if matrices is None:
+        titles, cells = titles[:4], [line[:4] for line in cells]
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    for first, *rest in (titles, *cells):
+        amounts = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *amounts]))
+    lines.append("Not counted: activations, and what the framework itself gathers and reduces")
+    if matrices is None:
+        return [*lines, f"{args.optim} is element-wise: each rank steps what it holds, and no exchange is needed"]
+    wires = " and ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in matrices.entries}))
+    moved = [cost.received for cost in found]
+    if any(moved):
+        lines.append(
+            f"Rounds of exchange a step: {matrices.rounds}, in {wires}; the busiest rank receives "
+            f"{max(moved) * len(moved) / sum(moved):.2f} times the mean"
+        )
+    else:
+        lines.append("No exchange: every matrix is orthogonalised where it is")
+    work, idle = [cost.flops for cost in found], sum(cost.flops == 0 for cost in found)
+    lines.append(
+        f"The busiest rank orthogonalises {max(work) * len(work) / sum(work):.2f} times the mean; {idle:,} of "
+        f"{len(work):,} ranks have no matrix to orthogonalise"
+    )
     return lines
+
+
+def _amounts(low: Cost, high: Cost) -> list[str]:
+    """The columns of a line: memory in MiB, traffic in bytes, work in GFLOP; from ``low`` to ``high``."""
+    return [
+        write(a) if write(a) == write(b) else f"{write(a)} to {write(b)}"
+        for write, a, b in zip([_mebibytes] * 4 + ["{:,}".format, _giga], low, high, strict=True)
+    ]
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:,.1f}"
+
+
+def _some(ranks: Sequence[int]) -> str:
+    """The ranks as ranges; of many ranges the first, and how many ranks there are."""
+    ranges = _ranges(set(ranks)).split(",")
+    return ",".join(ranges) if len(ranges) <= 3 else f"{','.join(ranges[:2])} ... ({len(ranks):,} ranks)"

@@ -51,7 +51,9 @@ class Exchange:
         self.plan = plan
         self._device = device
         peers = range(dist.get_world_size()) if plan.rounds else [rank]
-        self._way = Itinerary(plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes)
+        # Gloo has all-to-alls from one tensor only, so that a result for several replicas is copied for each of them.
+        self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config()
+        self.itinerary = Itinerary(plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes)
 
     def run(
         self,
@@ -60,7 +62,9 @@ class Exchange:
         apply: Callable[[int, Tensor], None],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """One step of all matrices. Every rank must call it; a source without a gradient on any rank is left out.
+        """One step of all matrices. Every rank must call it.
+
+        A source without a gradient is left out; one of which parts move only if no rank has a gradient for it.
 
         At most two rounds of buffers are alive. While a round is orthogonalised, first the results of the one before
         travel back, then the parts of the one after come in.
@@ -75,12 +79,8 @@ class Exchange:
         Raises:
             RuntimeError: another rank ended, or did not join in time; the message names the round.
         """
-        rounds, absent, parts = self._way.rounds, set(), {}
-        agreement = None
-        if rounds:
-            agreement, absent = self._agree(present)
-        else:
-            absent = {source for source, found in enumerate(present) if not found}
+        rounds, parts = self.itinerary.rounds, {}
+        agreement, absent = self._agree(present)
 
         def begin(sources: Sequence[int]) -> None:
             parts.update({source: direction(source) for source in sources if source not in absent})
@@ -91,16 +91,17 @@ class Exchange:
                     apply(source, parts.pop(source))
 
         def gather(k: int) -> Transfer:
-            begin(self._way.begins[k])
+            begin(self.itinerary.begins[k])
             lent = [[_of_local(parts[p.source], p) for p in peer if p.source not in absent] for peer in rounds[k].lent]
             sizes = [_size(peer, absent) for peer in rounds[k].gathered]
-            return self._start(lent, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
+            peers = range(len(lent))
+            return self._start(lent, peers, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
 
         def give_back(k: int, matrices: dict[int, Tensor]) -> Transfer:
             _keep(rounds[k], matrices, parts, absent)
             sent = [[_of_matrix(matrices[p.job], p) for p in peer if p.source not in absent] for peer in rounds[k].sent]
-            sizes = [_size(peer, absent) for peer in rounds[k].returned]
-            return self._start(sent, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}")
+            sizes, alike = [_size(peer, absent) for peer in rounds[k].returned], rounds[k].alike
+            return self._start(sent, alike, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}")
 
         def finish(k: int, transfer: Transfer) -> None:
             with _naming(transfer.what):
@@ -109,11 +110,11 @@ class Exchange:
             received = transfer.received.to(parts[arrived[0].source].device) if arrived else transfer.received
             _unpack(received, [_of_local(parts[p.source], p) for p in arrived])
             _scale([(_of_local(parts[p.source], p), p.scale) for p in arrived])
-            end(self._way.ends[k])
+            end(self.itinerary.ends[k])
 
         incoming = gather(0) if rounds else None
         meanwhile()
-        for sources, still in self._way.chunks:
+        for sources, still in self.itinerary.chunks:
             begin(sources)
             stacks, matrices = self._assemble(still, parts, absent)
             self._orthogonalize(still.second, stacks, matrices)
@@ -138,33 +139,56 @@ class Exchange:
             del stacks, matrices
         if rounds:
             finish(len(rounds) - 1, outgoing)
-            with _naming("agreeing on gradients"):
-                agreement.wait()
+            agreement.wait()
 
     def _agree(self, present: Sequence[bool]) -> tuple[Any, set[int]]:
-        """The sources without a gradient anywhere. A rank that has all of its gradients need not wait to know."""
+        """The sources to leave out: without a gradient here, or on any rank if a part of them moves.
+
+        A rank that has all gradients need not wait to know.
+        """
+        moving = self.itinerary.moving
+        found = [present[source] for source in moving]
+        absent = {source for source, here in enumerate(present) if not here}
+        if not moving:
+            return None, absent
         # Made on the device where that can be: copying a list there waits for the backward pass.
-        flags = torch.ones(len(present), dtype=torch.uint8, device=self._device)
-        if not all(present):
-            flags.copy_(torch.tensor(present))
+        flags = torch.ones(len(moving), dtype=torch.uint8, device=self._device)
+        if not all(found):
+            flags.copy_(torch.tensor(found))
         with _naming("agreeing on gradients"):
             work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
-            if all(present):
-                return work, set()
-            work.wait()
-        return work, {source for source, found in enumerate(flags.tolist()) if not found}
+            if not all(found):
+                work.wait()
+                absent -= {source for source, anywhere in zip(moving, flags.tolist(), strict=True) if anywhere}
+        return work, absent
 
-    def _start(self, parts: list[list[Tensor]], sizes: list[int], dtype: torch.dtype, what: str) -> Transfer:
-        """Sends each peer its parts; ``sizes`` elements come from each."""
-        flat = [part for peer in parts for part in peer]
-        given = [sum(part.numel() for part in peer) for peer in parts]
+    def _start(
+        self, parts: list[list[Tensor]], alike: Sequence[int], sizes: list[int], dtype: torch.dtype, what: str
+    ) -> Transfer:
+        """Sends each peer its parts; ``sizes`` elements come from each.
+
+        Args:
+            alike: for each peer, the first one with equal parts, which are packed once for all of them.
+        """
+        leaders = [peer for i, peer in enumerate(parts) if alike[i] == i]
+        flat = [part for peer in leaders for part in peer]
         # Packed where the parts lie, which under CPU offload is not where the group communicates.
-        buffer = torch.empty(sum(given), dtype=dtype, device=flat[0].device if flat else self._device)
+        lengths = [sum(part.numel() for part in peer) for peer in leaders]
+        buffer = torch.empty(sum(lengths), dtype=dtype, device=flat[0].device if flat else self._device)
         _copy([piece.view(part.shape) for piece, part in zip(_cut(buffer, flat), flat, strict=True)], flat)
         buffer = buffer.to(self._device)
+        packed = iter(buffer.split(lengths))
+        given: list[Tensor] = []
+        for i, leader in enumerate(alike):
+            given.append(next(packed) if leader == i else given[leader])
         received = torch.empty(sum(sizes), dtype=dtype, device=self._device)
         with _naming(what):
-            work = dist.all_to_all_single(received, buffer, sizes, given, async_op=True)
+            if len(leaders) == len(parts) or self._needs_one_tensor:
+                buffer = buffer if len(leaders) == len(parts) else torch.cat(given)
+                lengths = [part.numel() for part in given]
+                work = dist.all_to_all_single(received, buffer, sizes, lengths, async_op=True)
+            else:
+                work = dist.all_to_all(list(received.split(sizes)), given, async_op=True)
         return Transfer(work, received, buffer, what)
 
     def _assemble(

@@ -51,6 +51,7 @@ class Round:
         returned: parts of the peer's results that this rank gets.
         first, second: the batches of the matrices that it owns, in halves of about the same work.
         dtype: in which parts travel.
+        alike: for each peer, the first one that gets the same parts of the results: replicas do.
     """
 
     kept: list[Part]
@@ -61,6 +62,7 @@ class Round:
     dtype: torch.dtype | None = None
     first: list[Batch] = field(default_factory=list)
     second: list[Batch] = field(default_factory=list)
+    alike: list[int] = field(default_factory=list)
 
 
 class Itinerary:
@@ -76,6 +78,7 @@ class Itinerary:
     Attributes:
         rounds: a :class:`Round` for each of the plan's.
         chunks: sources of which nothing moves, with a round of their own that needs no communication.
+        moving: sources of which something moves on some rank.
         begins, ends: for each round, the sources whose first matrix leaves, or whose last returns, in it.
 
     Raises:
@@ -89,6 +92,7 @@ class Itinerary:
         self._position = {peer: i for i, peer in enumerate(peers)}
         self.rounds = [self._round() for _ in range(plan.rounds)]
         here = self._here(local_sizes)
+        self.moving = sorted({plan.entries[job.entry].source for job in plan.jobs if job.round is not None})
         self.begins: list[list[int]] = [[] for _ in self.rounds]
         self.ends: list[list[int]] = [[] for _ in self.rounds]
         self.chunks: list[tuple[list[int], Round]] = []
@@ -98,18 +102,18 @@ class Itinerary:
                 self.rounds[job.round].dtype = plan.entries[job.entry].dtype
         chunk: list[int] = []
         for source, numbers in enumerate(here):
-            moving = [r for r in (plan.jobs[number].round for number in numbers) if r is not None]
-            if not moving:
+            travels = [r for r in (plan.jobs[number].round for number in numbers) if r is not None]
+            if not travels:
                 chunk.append(source)
                 if sum(self._bytes(number) for member in chunk for number in here[member]) >= batch_bytes:
                     self.chunks.append((chunk, self._still(here, chunk)))
                     chunk = []
                 continue
-            self.begins[min(moving)].append(source)
-            self.ends[max(moving)].append(source)
+            self.begins[min(travels)].append(source)
+            self.ends[max(travels)].append(source)
             for number in numbers:
                 place = plan.jobs[number].round
-                place = min(moving) if place is None else place
+                place = min(travels) if place is None else place
                 self._enter(self.rounds[place], number)
                 if plan.jobs[number].owner == rank:
                     owned[place].append(number)
@@ -119,6 +123,8 @@ class Itinerary:
             # The first round has nothing to wait for in the middle: no results are on their way yet.
             middle = self._middle(numbers) if k else 0
             round_.first, round_.second = self._batches(numbers[:middle]), self._batches(numbers[middle:])
+            leaders: dict[tuple, int] = {}
+            round_.alike = [leaders.setdefault(tuple(parts), i) for i, parts in enumerate(_places(round_.sent))]
 
     def _round(self) -> Round:
         return Round([], *([[] for _ in self._position] for _ in range(4)))
@@ -199,3 +205,8 @@ class Itinerary:
     def _bytes(self, number: int) -> int:
         job = self._plan.jobs[number]
         return job.numel * self._plan.entries[job.entry].dtype.itemsize
+
+
+def _places(sent: Sequence[Sequence[Part]]) -> list[list[tuple]]:
+    """Of each part only where it lies in which matrix: replicas may keep equal parts at different places."""
+    return [[(part.job, part.segment.start, part.segment.size) for part in peer] for peer in sent]

@@ -123,6 +123,69 @@ def test_a_peft_adapter(explained, tmp_path):
     ]
 
 
+def ranks(lines):
+    """The table of ranks: the first column to the others."""
+    start = next(i for i, line in enumerate(lines) if line.startswith("ranks "))
+    cells = (re.split(r"  +", line) for line in lines[start + 1 :])
+    return {name: rest for name, *rest in cells if rest}
+
+
+def test_what_a_step_costs_each_rank(explained, tmp_path):
+    """Two ranks, by hand: 14 matrices of which each holds half, so that it receives half of each, once."""
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    lines = explained(tmp_path, "--layout", "fsdp2", "--world", 2, "--device", "cpu")
+    total = sum(p.numel() for p in tiny_llama().parameters())
+    matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    states = 2 * total - matrices  # one for each matrix, two for the rest
+    assert "--layout fsdp2=2: 2 ranks, float32 parameters" in lines
+    weights = f"{total * 4 / 2 / 2**20:.1f} MiB"
+    costs = ranks(explained(tmp_path, "--layout", "fsdp2=2", "--device", "cpu", "--all"))
+    assert list(costs) == ["0", "1"]
+    for kept, gradients, state, _, received, _ in costs.values():
+        assert (kept, gradients, state) == (weights, weights, f"{states * 4 / 2 / 2**20:.1f} MiB")
+        assert int(received.replace(",", "")) == matrices * 4 / 2
+    # To an accelerator they travel in bfloat16, and what a rank holds of bfloat16 parameters is half as large.
+    half = ranks(explained(tmp_path, "--layout", "fsdp2=2", "--all", "--dtype", "bfloat16"))
+    assert half["0"][4] == f"{matrices * 2 // 2:,}"
+    assert half["0"][0] == f"{total * 2 / 2 / 2**20:.1f} MiB"
+
+
+def test_options_of_the_exchange(explained, tmp_path):
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    flags = (tmp_path, "--layout", "ddp=4", "--optim_args")
+    assert "No exchange: every matrix is orthogonalised where it is" in explained(*flags, "share=never")
+    (line,) = (line for line in explained(*flags, "share=always,exchange_bytes=3072") if line.startswith("Rounds"))
+    rounds, wire = re.match(r"Rounds of exchange a step: (\d+), in (\w+);", line).groups()
+    assert int(rounds) > 4
+    assert wire == "bfloat16"
+    lines = explained(*flags, "share=always,ns_dtype=float32")
+    assert any(line.startswith("Rounds of exchange a step: 1, in float32") for line in lines)
+
+
+def test_ranks_are_folded(explained, monkeypatch, tmp_path):
+    """Eight layers of Llama 3 70B on 1024 ranks, of which 968 get none of its 56 matrices."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 8, "vocab_size": 128256}
+    LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8).save_pretrained(tmp_path)
+    lines = explained(tmp_path, "--layout", "fsdp2", "--world", 1024)
+    costs = ranks(lines)
+    assert len(costs) <= explain.LINES
+    assert sum(int(b or a) - int(a) + 1 for a, _, b in (name.partition("-") for name in costs)) == 1024
+    assert lines[-1].endswith("968 of 1,024 ranks have no matrix to orthogonalise")
+    monkeypatch.setattr(explain, "LINES", 3)
+    (name, values), *others = ranks(explained(tmp_path, "--layout", "fsdp2=1024")).items()
+    assert (name, others) == ("0-1023", [])
+    low, high = (int(part.replace(",", "")) for part in values[4].split(" to "))
+    received = [int(values[4].replace(",", "")) for values in costs.values()]
+    assert (low, high) == (min(received), max(received))
+
+
+def test_no_exchange_for_element_wise_rules(explained, tmp_path):
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    lines = explained(tmp_path, "--optim", "cwd_lion", "--layout", "fsdp2=2,tp=2")
+    assert list(ranks(lines)) == ["0-3"]
+    assert lines[-1].startswith("cwd_lion is element-wise: each rank steps what it holds")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,6 +193,8 @@ def test_a_peft_adapter(explained, tmp_path):
         (["MODEL", "--optim_args", "betas=2:0.9"], "--optim_args: betas="),
         (["MODEL", "--optim_target_modules", "qproj"], "--optim_target_modules 'qproj' names no matrix"),
         (["MODEL", "--model_class", "LLama"], "has no LLama: name one by --model_class"),
+        (["MODEL", "--layout", "hsdp"], "--layout 'hsdp': 'hsdp' is not understood. Write ddp, fsdp2, tp, or several"),
+        (["MODEL", "--world", "8"], "--world 8 needs --layout: ddp, fsdp2, tp, or several"),
         (["MODEL", "--optim", "cwd_adam"], "invalid choice: 'cwd_adam'"),
     ],
 )

@@ -1,0 +1,230 @@
+"""``hf-cwd explain --layout`` against the frameworks: their placements, and the plan that the optimizer runs.
+
+Run as a script it is four ranks that shard real models.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_cwd import route
+from hf_cwd.cli.layouts import Parallelism, buffers, entries, local_sizes, parallelism, shardings
+from hf_cwd.matrices import Layout
+from hf_cwd.sharding.pieces import Mesh, Shard, everywhere
+from hf_cwd.sharding.plan import Entry, Job, Plan, flops_per_byte, plan
+from hf_cwd.sharding.stage import Stage
+from hf_cwd.trainer.options import optimizer_arguments
+from scripts import cpu_ranks
+from tests.launching import ROOT, finish, free_port, start
+from tests.trainer.architectures import MODELS
+
+RANKS = 4
+SIZES = {"vocab_size": 66, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32}
+# 50 rows and a vocabulary of 66: uneven parts. The biases of projections along their input are not cut.
+LLAMA = {"model_type": "llama", "intermediate_size": 50, "attention_bias": True, "mlp_bias": True, **SIZES}
+MOE = {"model_type": "qwen3_moe", "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8, **SIZES}
+MOE |= {"num_experts": 8, "num_experts_per_tok": 2}
+CASES = [
+    *((LLAMA, layout) for layout in ("ddp=4", "fsdp2=4", "ddp=2,fsdp2=2", "tp=4", "fsdp2=2,tp=2", "ddp=2,tp=2")),
+    *(({**LLAMA, "tie_word_embeddings": True}, layout) for layout in ("fsdp2=2,tp=2",)),
+    *((MOE, layout) for layout in ("fsdp2=2,tp=2", "fsdp2=2,tp=2,ep=2", "fsdp2=2,tp=2,ep=4")),
+    *((MOE, layout) for layout in ("tp=4,ep=4", "fsdp2=4,ep=2", "ddp=2,fsdp2=2,ep=2")),
+]
+# Two without a plan, and those with styles and shapes that the cases above lack.
+ARCHITECTURES = ["gpt2", "bert", "gemma3", "phi3", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next", "qwen2_vl"]
+OPTIMIZER = {"optim": "cwd_muon", "optim_args": "share=auto,exchange_bytes=4096", "use_cpu": True, "report_to": "none"}
+OPTIMIZER |= {"save_strategy": "no"}
+
+
+def sharded(model: torch.nn.Module, layout: Parallelism) -> torch.nn.Module:
+    """The model as transformers shards it; DDP takes it as it is."""
+    if layout.ddp == RANKS:
+        return model
+    from transformers.distributed import DistributedConfig
+
+    sizes = {"dp_replicate_size": layout.ddp, "fsdp_size": layout.fsdp2, "tp_size": layout.tp, "ep_size": layout.ep}
+    options = {"config": model.config, "state_dict": model.state_dict(), "dtype": torch.float32}
+    return type(model).from_pretrained(None, **options, distributed_config=DistributedConfig(**sizes))
+
+
+def copies(mesh: Mesh) -> set[frozenset[int]]:
+    """The ranks of each replica, whose numbers mean nothing."""
+    numbers = [mesh.replica(rank) for rank in range(RANKS)]
+    return {frozenset(rank for rank in range(RANKS) if numbers[rank] == number) for number in numbers}
+
+
+def compared(model: torch.nn.Module, real: torch.nn.Module, layout: Parallelism) -> list[str]:
+    """Parameters that are not, on every rank, where :func:`shardings` says."""
+    from hf_cwd.sharding.dtensor import is_dtensor, local, mesh_of
+
+    rank, told, wrong = torch.distributed.get_rank(), shardings(model, layout), []
+    parameters = dict(real.named_parameters())
+    for name, p in parameters.items():
+        shape, found = tuple(p.shape), mesh_of(p) if is_dtensor(p) else everywhere(range(RANKS))
+        same = copies(told[name]) == copies(found) and all(
+            told[name].pieces(shape, r) == found.pieces(shape, r) for r in range(RANKS)
+        )
+        if not same or local_sizes(shape, told[name])[rank] != local(p.detach()).numel():
+            wrong.append(f"{name}: {getattr(p, 'placements', None)}, told {told[name]}")
+    return wrong + [f"{name}: only one of the two has it" for name in told.keys() ^ parameters.keys()]
+
+
+def planned(model: torch.nn.Module, real: torch.nn.Module, layout: Parallelism, folder: Path) -> bool:
+    """Whether the optimizer that a Trainer makes for the sharded model runs the plan that explain computes."""
+    import hf_cwd.sharding.build
+
+    ran, of_run = [], hf_cwd.sharding.build.plan
+
+    def recorded(*args, **options):
+        ran.append(of_run(*args, **options))
+        return ran[-1]
+
+    args = TrainingArguments(str(folder / "out"), **OPTIMIZER)
+    optimizer = Trainer(model=real, args=args).create_optimizer()
+    for p in real.parameters():
+        p.grad = torch.zeros_like(p)
+    hf_cwd.sharding.build.plan = recorded
+    optimizer.step()
+    hf_cwd.sharding.build.plan = of_run
+    arguments = optimizer_arguments(args)
+    found = entries(model, route(model), layout, arguments=arguments, dtype=torch.float32, device="cpu")
+    told = plan(found, share="auto", exchange_bytes=4096, balance=flops_per_byte("cpu"))
+    (ran,) = ran
+    return (told.jobs, told.rounds, told.received, told.flops) == (ran.jobs, ran.rounds, ran.received, ran.flops)
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    cpu_ranks.switch_on()
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    results = {"cases": [], "architectures": {}}
+    for config, text in CASES:
+        model, layout = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), parallelism(text, RANKS)
+        real = sharded(model, layout)
+        results["cases"].append([config["model_type"], text, compared(model, real, layout)])
+        results["cases"][-1].append(planned(model, real, layout, folder))
+    layout = parallelism("fsdp2=2,tp", RANKS)
+    for name in ARCHITECTURES:
+        model = MODELS[name]()
+        try:
+            real = sharded(model, layout)
+        except ValueError as error:
+            results["architectures"][name] = str(error)
+        else:
+            results["architectures"][name] = compared(model, real, layout)
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    os._exit(0)  # gloo's threads may abort a process whose work is done
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of four ranks found out about models that transformers sharded for it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
+    ended = finish(start(__file__, folder, cwd=folder, PYTHONPATH=str(ROOT), **network))
+    assert all((folder / f"{rank}.json").exists() for rank in range(RANKS)), ended.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_placements_are_those_of_the_frameworks(ranks):
+    for result in ranks:
+        assert [case[:3] for case in result["cases"]] == [[config["model_type"], text, []] for config, text in CASES]
+
+
+def test_the_plan_is_the_one_that_the_optimizer_runs(ranks):
+    for result in ranks:
+        assert [case[3] for case in result["cases"]] == [True] * len(CASES)
+
+
+def test_every_architecture_has_the_placements_of_its_plan(ranks):
+    for result in ranks:
+        planless = {name for name, found in result["architectures"].items() if "has no `tp_plan`" in found}
+        assert planless == {"gpt2", "bert"}
+        assert all(found == [] for name, found in result["architectures"].items() if name not in planless)
+        for name in planless:
+            with torch.device("meta"), pytest.raises(ValueError, match="has no tp plan"):
+                shardings(MODELS[name](), parallelism("tp=2", None))
+
+
+@pytest.mark.parametrize(
+    ("text", "world", "sizes"),
+    [
+        ("ddp", 8, (8, 1, 1, 1)),
+        ("fsdp2", 1024, (1, 1024, 1, 1)),
+        ("ddp=128, fsdp2=8", None, (128, 8, 1, 1)),
+        ("tp=8,fsdp2", 1024, (1, 128, 8, 1)),
+        ("fsdp2=16,tp=8,ep=32", 128, (1, 16, 8, 32)),
+    ],
+)
+def test_layouts_are_read(text, world, sizes):
+    assert parallelism(text, world) == Parallelism(*sizes)
+    assert parallelism(str(parallelism(text, world)), None) == Parallelism(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("text", "world", "message"),
+    [
+        ("hsdp=128x8", None, "'hsdp=128x8' is not understood. Write ddp, fsdp2"),
+        ("fsdp2=0", None, "'fsdp2=0' is not understood"),
+        ("tp=2,tp=4", None, "'tp=4' is not understood"),
+        ("fsdp2", None, "say how many ranks fsdp2 has, fsdp2=8, or give --world"),
+        ("fsdp2,ddp", 8, "say how many ranks fsdp2 has"),
+        ("fsdp2=8,ep", 8, "say how many ranks ep has, ep=8"),
+        ("fsdp2,tp=3", 8, "3 does not divide --world 8"),
+        ("fsdp2=4", 8, "has 4 ranks, and --world is 8"),
+        ("fsdp2=4,ep=3", None, "ep must be a multiple of tp, and a divisor of fsdp2 x tp"),
+        ("fsdp2=4,tp=4,ep=2", None, "ep must be a multiple of tp"),
+    ],
+)
+def test_layouts_that_are_none(text, world, message):
+    with pytest.raises(ValueError, match="^--layout .*" + re.escape(message)):
+        parallelism(text, world)
+
+
+def test_a_layout_that_a_model_cannot_have():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MOE))
+    with pytest.raises(ValueError, match="ep=16 does not divide the 8 experts of model"):
+        shardings(model, parallelism("fsdp2=16,ep=16", None))
+    model._tp_plan["lm_head"] = "sideways"
+    with pytest.raises(ValueError, match="is sharded in the style 'sideways'"):
+        shardings(model, parallelism("tp=2", None))
+    with pytest.raises(ValueError, match="tp is not known for a PEFT adapter"):
+        shardings(MODELS["lora"](), parallelism("tp=2", None))
+
+
+def test_buffers_by_hand():
+    """Four matrices of 8 elements on two ranks that hold half of each; two rounds, with a matrix of each rank in each.
+
+    A rank's round has 4 elements that come and 4 that go, each way; and there are 8 of directions. While the first is
+    worked on, or the second, both have directions and something under way.
+    """
+    halves = Mesh((2,), (0, 1), (Shard(0),))
+    stage = Stage.of("muon", {})
+    of_each = [Entry(str(i), (4, 2), Layout(), halves, stage, torch.bfloat16, i) for i in range(4)]
+    jobs = [Job(i, 0, (4, 2), owner=i % 2, serves=(0,), round=i // 2) for i in range(4)]
+    found = Plan(tuple(of_each), tuple(jobs), 2, {0: 0, 1: 0}, {0: 0, 1: 0})
+    assert buffers(found, torch.float32) == [2 * (8 + 8 + 8) + 4 * 16] * 2
+    alone = Plan(tuple(of_each[:2]), tuple(jobs[:2]), 1, {0: 0, 1: 0}, {0: 0, 1: 0})
+    assert buffers(alone, torch.float32) == [2 * (8 + 8) + 4 * 8] * 2
+    assert buffers(Plan((), (), 0, {0: 0}, {0: 0}), torch.float32) == [0]
+
+
+if __name__ == "__main__":
+    # Forked, so that what takes long, to import transformers, is done once.
+    processes = [
+        multiprocessing.get_context("fork").Process(target=rank_main, args=(r, Path(sys.argv[1]))) for r in range(RANKS)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
