@@ -94,14 +94,14 @@ class Exchange:
             begin(self.itinerary.begins[k])
             lent = [[_of_local(parts[p.source], p) for p in peer if p.source not in absent] for peer in rounds[k].lent]
             sizes = [_size(peer, absent) for peer in rounds[k].gathered]
-            peers = range(len(lent))
-            return self._start(lent, peers, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
+            return self._start(lent, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
 
         def give_back(k: int, matrices: dict[int, Tensor]) -> Transfer:
             _keep(rounds[k], matrices, parts, absent)
             sent = [[_of_matrix(matrices[p.job], p) for p in peer if p.source not in absent] for peer in rounds[k].sent]
-            sizes, alike = [_size(peer, absent) for peer in rounds[k].returned], rounds[k].alike
-            return self._start(sent, alike, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}")
+            sizes = [_size(peer, absent) for peer in rounds[k].returned]
+            alike = rounds[k].alike if rounds[k].replicated else None
+            return self._start(sent, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}", alike)
 
         def finish(k: int, transfer: Transfer) -> None:
             with _naming(transfer.what):
@@ -163,32 +163,36 @@ class Exchange:
         return work, absent
 
     def _start(
-        self, parts: list[list[Tensor]], alike: Sequence[int], sizes: list[int], dtype: torch.dtype, what: str
+        self,
+        parts: list[list[Tensor]],
+        sizes: list[int],
+        dtype: torch.dtype,
+        what: str,
+        alike: Sequence[int] | None = None,
     ) -> Transfer:
         """Sends each peer its parts; ``sizes`` elements come from each.
 
         Args:
             alike: for each peer, the first one with equal parts, which are packed once for all of them.
         """
-        leaders = [peer for i, peer in enumerate(parts) if alike[i] == i]
+        leaders = [peer for i, peer in enumerate(parts) if alike is None or alike[i] == i]
         flat = [part for peer in leaders for part in peer]
         # Packed where the parts lie, which under CPU offload is not where the group communicates.
         lengths = [sum(part.numel() for part in peer) for peer in leaders]
         buffer = torch.empty(sum(lengths), dtype=dtype, device=flat[0].device if flat else self._device)
         _copy([piece.view(part.shape) for piece, part in zip(_cut(buffer, flat), flat, strict=True)], flat)
         buffer = buffer.to(self._device)
-        packed = iter(buffer.split(lengths))
-        given: list[Tensor] = []
-        for i, leader in enumerate(alike):
-            given.append(next(packed) if leader == i else given[leader])
         received = torch.empty(sum(sizes), dtype=dtype, device=self._device)
+        given = buffer.split(lengths)
+        if alike is not None:
+            packed = dict(zip(sorted(set(alike)), given, strict=True))
+            given = [packed[leader] for leader in alike]
         with _naming(what):
-            if len(leaders) == len(parts) or self._needs_one_tensor:
-                buffer = buffer if len(leaders) == len(parts) else torch.cat(given)
-                lengths = [part.numel() for part in given]
-                work = dist.all_to_all_single(received, buffer, sizes, lengths, async_op=True)
+            if alike is None or self._needs_one_tensor:
+                buffer = buffer if alike is None else torch.cat(given)
+                work = dist.all_to_all_single(received, buffer, sizes, [len(part) for part in given], async_op=True)
             else:
-                work = dist.all_to_all(list(received.split(sizes)), given, async_op=True)
+                work = dist.all_to_all(list(received.split(sizes)), list(given), async_op=True)
         return Transfer(work, received, buffer, what)
 
     def _assemble(

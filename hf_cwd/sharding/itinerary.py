@@ -51,6 +51,7 @@ class Round:
         returned: parts of the peer's results that this rank gets.
         first, second: the batches of the matrices that it owns, in halves of about the same work.
         dtype: in which parts travel.
+        replicated: whether results go to several replicas, on any rank.
         alike: for each peer, the first one that gets the same parts of the results: replicas do.
     """
 
@@ -62,6 +63,7 @@ class Round:
     dtype: torch.dtype | None = None
     first: list[Batch] = field(default_factory=list)
     second: list[Batch] = field(default_factory=list)
+    replicated: bool = False
     alike: list[int] = field(default_factory=list)
 
 
@@ -100,6 +102,7 @@ class Itinerary:
         for job in plan.jobs:
             if job.round is not None:
                 self.rounds[job.round].dtype = plan.entries[job.entry].dtype
+                self.rounds[job.round].replicated |= len(job.serves) > 1
         chunk: list[int] = []
         for source, numbers in enumerate(here):
             travels = [r for r in (plan.jobs[number].round for number in numbers) if r is not None]
