@@ -236,9 +236,9 @@ def local_sizes(shape: Shape, mesh: Mesh) -> list[int]:
 def buffers(plan: Plan, dtype: torch.dtype) -> list[int]:
     """Bytes of each rank at the peak of its exchange: directions, whole matrices, and what is being sent and received.
 
-    As :class:`hf_cwd.sharding.exchange.Exchange` goes about it: while a round is worked on, either the results of the
-    one before or the parts of the one after are under way. Without the orthogonalisation's own temporaries, and without
-    matrices that do not move. ``dtype`` is that of directions.
+    As :class:`hf_cwd.sharding.exchange.Exchange` goes about it on accelerators: while a round is worked on, either the
+    results of the one before or the parts of the one after are under way. Without the orthogonalisation's own
+    temporaries, and without matrices that do not move. ``dtype`` is that of directions.
     """
     ranks = range(len(plan.received))
     gathered, whole, returned = ([[0] * plan.rounds for _ in ranks] for _ in range(3))
@@ -252,12 +252,13 @@ def buffers(plan: Plan, dtype: torch.dtype) -> list[int]:
         parts = {rank: numel * entry.dtype.itemsize for rank, numel in holders(entry, job).items()}
         whole[job.owner][k] += job.numel * entry.dtype.itemsize
         for table, others in ((gathered, sources(entry, job)), (returned, parts)):
-            moved = 0
             for rank in others:
                 if rank != job.owner:
                     table[rank][k] += parts[rank]
-                    moved += parts[rank]
-            table[job.owner][k] += moved
+        # The owner receives, and sends, what it does not hold; for other replicas it packs its own part once as well.
+        size = job.numel * entry.dtype.itemsize
+        gathered[job.owner][k] += size - parts[job.owner]
+        returned[job.owner][k] += size if len(job.serves) > 1 else size - parts[job.owner]
         for rank in parts:
             span = alive.setdefault((job.entry, rank), [k, k])
             span[0], span[1] = min(span[0], k), max(span[1], k)
