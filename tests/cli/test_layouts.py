@@ -1,6 +1,6 @@
 """``hf-cwd explain --layout`` against the frameworks: their placements, and the plan that the optimizer runs.
 
-Run as a script it is four ranks that shard real models.
+Run as a script it is two or four ranks that shard real models.
 """
 
 import json
@@ -25,19 +25,25 @@ from scripts import cpu_ranks
 from tests.launching import ROOT, finish, free_port, start
 from tests.trainer.architectures import MODELS
 
-RANKS = 4
 SIZES = {"vocab_size": 66, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32}
 # 50 rows and a vocabulary of 66: uneven parts. The biases of projections along their input are not cut.
 LLAMA = {"model_type": "llama", "intermediate_size": 50, "attention_bias": True, "mlp_bias": True, **SIZES}
 MOE = {"model_type": "qwen3_moe", "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8, **SIZES}
 MOE |= {"num_experts": 8, "num_experts_per_tok": 2}
-CASES = [
-    *((LLAMA, layout) for layout in ("ddp=4", "fsdp2=4", "ddp=2,fsdp2=2", "tp=4", "fsdp2=2,tp=2", "ddp=2,tp=2")),
-    *(({**LLAMA, "tie_word_embeddings": True}, layout) for layout in ("fsdp2=2,tp=2",)),
-    *((MOE, layout) for layout in ("fsdp2=2,tp=2", "fsdp2=2,tp=2,ep=2", "fsdp2=2,tp=2,ep=4")),
-    *((MOE, layout) for layout in ("tp=4,ep=4", "fsdp2=4,ep=2", "ddp=2,fsdp2=2,ep=2")),
-]
+TIED = {**LLAMA, "tie_word_embeddings": True}
+CASES = {
+    2: [
+        *((LLAMA, layout) for layout in ("ddp=2", "fsdp2=2", "tp=2")),
+        *((MOE, layout) for layout in ("fsdp2=2,ep=2", "tp=2,ep=2")),
+    ],
+    4: [
+        *((LLAMA, layout) for layout in ("ddp=4", "fsdp2=4", "ddp=2,fsdp2=2", "tp=4", "fsdp2=2,tp=2", "ddp=2,tp=2")),
+        *((TIED, layout) for layout in ("fsdp2=2,tp=2",)),
+        *((MOE, layout) for layout in ("fsdp2=2,tp=2", "fsdp2=2,tp=2,ep=2", "fsdp2=2,tp=2,ep=4")),
+        *((MOE, layout) for layout in ("tp=4,ep=4", "fsdp2=4,ep=2", "ddp=2,fsdp2=2,ep=2")),
+    ],
+}
 # Two without a plan, and those with styles and shapes that the cases above lack.
 ARCHITECTURES = ["gpt2", "bert", "gemma3", "phi3", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next", "qwen2_vl"]
 OPTIMIZER = {"optim": "cwd_muon", "optim_args": "share=auto,exchange_bytes=4096", "use_cpu": True, "report_to": "none"}
@@ -46,7 +52,7 @@ OPTIMIZER |= {"save_strategy": "no"}
 
 def sharded(model: torch.nn.Module, layout: Parallelism) -> torch.nn.Module:
     """The model as transformers shards it; DDP takes it as it is."""
-    if layout.ddp == RANKS:
+    if layout.ddp == layout.world:
         return model
     from transformers.distributed import DistributedConfig
 
@@ -57,31 +63,37 @@ def sharded(model: torch.nn.Module, layout: Parallelism) -> torch.nn.Module:
 
 def copies(mesh: Mesh) -> set[frozenset[int]]:
     """The ranks of each replica, whose numbers mean nothing."""
-    numbers = [mesh.replica(rank) for rank in range(RANKS)]
-    return {frozenset(rank for rank in range(RANKS) if numbers[rank] == number) for number in numbers}
+    numbers = {rank: mesh.replica(rank) for rank in mesh.ranks}
+    return {frozenset(rank for rank in numbers if numbers[rank] == number) for number in numbers.values()}
 
 
 def compared(model: torch.nn.Module, real: torch.nn.Module, layout: Parallelism) -> list[str]:
     """Parameters that are not, on every rank, where :func:`shardings` says."""
     from hf_cwd.sharding.dtensor import is_dtensor, local, mesh_of
 
-    rank, told, wrong = torch.distributed.get_rank(), shardings(model, layout), []
+    rank, everybody, told, wrong = torch.distributed.get_rank(), range(layout.world), shardings(model, layout), []
     parameters = dict(real.named_parameters())
     for name, p in parameters.items():
-        shape, found = tuple(p.shape), mesh_of(p) if is_dtensor(p) else everywhere(range(RANKS))
+        shape, found = tuple(p.shape), mesh_of(p) if is_dtensor(p) else everywhere(everybody)
         same = copies(told[name]) == copies(found) and all(
-            told[name].pieces(shape, r) == found.pieces(shape, r) for r in range(RANKS)
+            told[name].pieces(shape, r) == found.pieces(shape, r) for r in everybody
         )
         if not same or local_sizes(shape, told[name])[rank] != local(p.detach()).numel():
             wrong.append(f"{name}: {getattr(p, 'placements', None)}, told {told[name]}")
     return wrong + [f"{name}: only one of the two has it" for name in told.keys() ^ parameters.keys()]
 
 
-def planned(model: torch.nn.Module, real: torch.nn.Module, layout: Parallelism, folder: Path) -> bool:
-    """Whether the optimizer that a Trainer makes for the sharded model runs the plan that explain computes."""
+def planned(model: torch.nn.Module, real: torch.nn.Module, layout: Parallelism, folder: Path) -> list[bool]:
+    """Whether the optimizer that a Trainer makes for the sharded model runs the plan that explain computes, and whether
+    this rank really receives the bytes that it says.
+    """
     import hf_cwd.sharding.build
 
-    ran, of_run = [], hf_cwd.sharding.build.plan
+    ran, of_run, counted, exchanged = [], hf_cwd.sharding.build.plan, [], torch.distributed.all_to_all_single
+
+    def counting(received, *args, **options):
+        counted.append(received.nbytes)
+        return exchanged(received, *args, **options)
 
     def recorded(*args, **options):
         ran.append(of_run(*args, **options))
@@ -91,29 +103,30 @@ def planned(model: torch.nn.Module, real: torch.nn.Module, layout: Parallelism, 
     optimizer = Trainer(model=real, args=args).create_optimizer()
     for p in real.parameters():
         p.grad = torch.zeros_like(p)
-    hf_cwd.sharding.build.plan = recorded
+    hf_cwd.sharding.build.plan, torch.distributed.all_to_all_single = recorded, counting
     optimizer.step()
-    hf_cwd.sharding.build.plan = of_run
+    hf_cwd.sharding.build.plan, torch.distributed.all_to_all_single = of_run, exchanged
     arguments = optimizer_arguments(args)
     found = entries(model, route(model), layout, arguments=arguments, dtype=torch.float32, device="cpu")
     told = plan(found, share="auto", exchange_bytes=4096, balance=flops_per_byte("cpu"))
     (ran,) = ran
-    return (told.jobs, told.rounds, told.received, told.flops) == (ran.jobs, ran.rounds, ran.received, ran.flops)
+    same = (told.jobs, told.rounds, told.received, told.flops) == (ran.jobs, ran.rounds, ran.received, ran.flops)
+    return [same, len(counted) == 2 * told.rounds, sum(counted) == told.received[torch.distributed.get_rank()]]
 
 
-def rank_main(rank: int, folder: Path) -> None:
+def rank_main(rank: int, world: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     cpu_ranks.switch_on()
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     results = {"cases": [], "architectures": {}}
-    for config, text in CASES:
-        model, layout = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), parallelism(text, RANKS)
+    for config, text in CASES[world]:
+        model, layout = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), parallelism(text, world)
         real = sharded(model, layout)
         results["cases"].append([config["model_type"], text, compared(model, real, layout)])
         results["cases"][-1].append(planned(model, real, layout, folder))
-    layout = parallelism("fsdp2=2,tp", RANKS)
-    for name in ARCHITECTURES:
+    layout = parallelism("fsdp2=2,tp=2", None)
+    for name in ARCHITECTURES if world == layout.world else ():
         model = MODELS[name]()
         try:
             real = sharded(model, layout)
@@ -127,26 +140,32 @@ def rank_main(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of four ranks found out about models that transformers sharded for it."""
-    folder = tmp_path_factory.mktemp("ranks")
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
-    ended = finish(start(__file__, folder, cwd=folder, PYTHONPATH=str(ROOT), **network))
-    assert all((folder / f"{rank}.json").exists() for rank in range(RANKS)), ended.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    """What each rank of worlds of two and four found out about models that transformers sharded for it."""
+    results = {}
+    for world in CASES:
+        folder = tmp_path_factory.mktemp("ranks")
+        network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        ended = finish(start(__file__, folder, cwd=folder, PYTHONPATH=str(ROOT), **network))
+        assert all((folder / f"{rank}.json").exists() for rank in range(world)), ended.stderr
+        results[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return results
 
 
-def test_placements_are_those_of_the_frameworks(ranks):
-    for result in ranks:
-        assert [case[:3] for case in result["cases"]] == [[config["model_type"], text, []] for config, text in CASES]
+@pytest.mark.parametrize("world", CASES)
+def test_placements_are_those_of_the_frameworks(world, ranks):
+    for result in ranks[world]:
+        names = [[config["model_type"], text, []] for config, text in CASES[world]]
+        assert [case[:3] for case in result["cases"]] == names
 
 
-def test_the_plan_is_the_one_that_the_optimizer_runs(ranks):
-    for result in ranks:
-        assert [case[3] for case in result["cases"]] == [True] * len(CASES)
+@pytest.mark.parametrize("world", CASES)
+def test_the_plan_is_the_one_that_the_optimizer_runs_and_its_bytes_are_those_that_travel(world, ranks):
+    for result in ranks[world]:
+        assert [case[3] for case in result["cases"]] == [[True] * 3] * len(CASES[world])
 
 
 def test_every_architecture_has_the_placements_of_its_plan(ranks):
-    for result in ranks:
+    for result in ranks[4]:
         planless = {name for name, found in result["architectures"].items() if "has no `tp_plan`" in found}
         assert planless == {"gpt2", "bert"}
         assert all(found == [] for name, found in result["architectures"].items() if name not in planless)
@@ -221,9 +240,8 @@ def test_buffers_by_hand():
 
 if __name__ == "__main__":
     # Forked, so that what takes long, to import transformers, is done once.
-    processes = [
-        multiprocessing.get_context("fork").Process(target=rank_main, args=(r, Path(sys.argv[1]))) for r in range(RANKS)
-    ]
+    context, world = multiprocessing.get_context("fork"), int(os.environ["WORLD_SIZE"])
+    processes = [context.Process(target=rank_main, args=(rank, world, Path(sys.argv[1]))) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
