@@ -199,10 +199,9 @@ class Exchange:
         self, round_: Round, parts: dict[int, Tensor], absent: set[int]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Batches by their first job and, in them, matrices by job, with what this rank itself holds of them."""
-        new = torch.zeros if absent else torch.empty  # an absent matrix in a batch must not be NaN
         stacks, matrices = {}, {}
         for batch in (*round_.first, *round_.second):
-            stack = new((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self._device)
+            stack = torch.empty((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self._device)
             stacks[batch.jobs[0]] = stack
             matrices.update(zip(batch.jobs, stack, strict=True))
         kept = [p for p in round_.kept if p.source not in absent]

@@ -1,0 +1,145 @@
+"""One rank: steps every case of the injected-gradients table for this world size, and writes what it saw.
+
+    RANK=0 WORLD_SIZE=2 python -m tests.sharding.injected_ranks FOLDER
+
+FOLDER/WORLD-RANK.json holds, by case, "" or what was wrong. The comparison is with plain tensors in the same process,
+stepped without any communication; their digests are written too, for the test compares them with one process's.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from tests.sharding import injected_layouts, injected_tables, injected_traffic
+from tests.sharding.injected_reference import cut, gradients, initial, make, of_matrices, placed, reference_of
+from tests.sharding.injected_scenarios import scenarios
+from tests.sharding.injected_small import local
+from tests.sharding.injected_tables import PARAMETERS, STEPS
+
+TIMEOUT = 60  # seconds, of the process group
+
+
+def sharded_gradient(param, gradient, elements):
+    part = cut(gradient, elements).to(param.dtype)
+    if not isinstance(param, DTensor):
+        return part
+    options = {"shape": param.shape, "stride": param.stride(), "run_check": False}
+    return DTensor.from_local(part, param.device_mesh, param.placements, **options)
+
+
+def same(ours, wanted):
+    """Bit for bit, but for the payload of a NaN."""
+    zero = torch.zeros((), dtype=wanted.dtype)
+    return ours.dtype == wanted.dtype and all(
+        torch.equal(a, b)
+        for a, b in (
+            (ours.isnan(), wanted.isnan()),
+            (ours.where(~ours.isnan(), zero), wanted.where(~wanted.isnan(), zero)),
+        )
+    )
+
+
+def check_traffic(case, optimizer, seen, given, step, rank, world):
+    """Raises AssertionError unless exactly what has to move moved, in as few calls as that takes."""
+    names = of_matrices(case.variant)
+    calls = dict(seen.calls)
+    if not names:
+        assert not calls, f"an element-wise rule communicated: {calls}"
+        return 0
+    plan = optimizer.exchange.plan
+    options = dict(case.variant.options)
+    if step == 0:
+        if case.layout == "plain" and options.get("share") == "never":
+            assert not calls, f"share=never communicated: {calls}"
+        return plan.rounds
+    once = {"all_to_all_single": 2 * plan.rounds, "all_reduce": 1} if plan.rounds else {}
+    assert calls == once, f"{calls} instead of {once}"
+    sizes = {"bfloat16": 2, "float32": 4, "float64": 8}
+    direction = 8 if case.variant.dtype == torch.float64 else 4
+    itemsize = min(direction, sizes.get(options.get("ns_dtype"), direction))
+    elements, replicas = zip(*(placed(case.layout)[name] for name in names), strict=True)
+    held = {
+        n: injected_traffic.shares(injected_traffic.homes(*PARAMETERS[n]), e)
+        for n, e in zip(names, elements, strict=True)
+    }
+    replicas = dict(zip(names, replicas, strict=True))
+    present = {name for name in names if given[name] is not None}  # on some rank
+    bytes_, largest = injected_traffic.expected(plan.jobs, names, held, replicas, present, itemsize)
+    own = [bytes_[rank, sender] for sender in range(world)]
+    assert seen.received == own, f"received {seen.received} bytes from each rank instead of {own}"
+    if present == set(names):
+        totals = [sum(bytes_[receiver, sender] for sender in range(world)) for receiver in range(world)]
+        assert sum(seen.received) == plan.received[rank], "the plan says otherwise"
+        rounds = injected_traffic.rounds(totals, largest, options.get("exchange_bytes", 1 << 28))
+        assert plan.rounds == rounds, f"{plan.rounds} rounds instead of {rounds}"
+    if case.layout == "whole_experts":
+        assert not [job for job in plan.jobs if names[job.entry].startswith("experts") and job.round is not None]
+    if options.get("share") == "never" and case.layout in ("plain", "replicated", "whole_experts"):
+        assert not calls, "share=never in a replicated layout"
+    return plan.rounds
+
+
+def run(case, rank, world):
+    model = injected_layouts.Model(initial(case.variant.dtype))
+    getattr(injected_layouts, case.layout)(model)
+    params = {name: dict(model.named_parameters())[name] for name in PARAMETERS}
+    optimizer = make(params, case.variant)
+    rounds = 0
+    for step in range(STEPS):
+        given = gradients(case, step, rank, world)
+        for name, p in params.items():
+            has = given[name] is not None and given[name][1][rank]
+            p.grad = sharded_gradient(p, given[name][0], placed(case.layout)[name][0][rank]) if has else None
+        deep = injected_traffic.Operators() if case.pattern == "changing" else contextlib.nullcontext()
+        with injected_traffic.Collectives(world) as seen, deep:
+            optimizer.step()
+        if step and case.pattern == "changing":
+            assert deep.count == seen.calls.total(), "a collective went past torch.distributed's functions"
+        rounds = max(rounds, check_traffic(case, optimizer, seen, given, step, rank, world))
+    names, moving = of_matrices(case.variant), set()
+    if names:
+        moving = {names[job.entry] for job in optimizer.exchange.plan.jobs if job.round is not None}
+    reference = reference_of(case, rank, world, moving)
+    for name, p in params.items():
+        elements, one = placed(case.layout)[name][0][rank], reference.params[name]
+        assert same(local(p.detach()), cut(one.detach(), elements)), f"{name} differs"
+        own, wanted = (o.state.get(q, {}) for o, q in ((optimizer, p), (reference.optimizer, one)))
+        assert own.keys() == wanted.keys(), f"the state of {name} has {list(own)}, not {list(wanted)}"
+        for key, value in own.items():
+            assert key == "step" or isinstance(value, DTensor) == isinstance(p, DTensor), f"{key} of {name} is not cut"
+            expected = wanted[key] if key == "step" else cut(wanted[key], elements)
+            assert same(local(value), expected), f"{key} of {name} differs"
+    return {"rounds": rounds, "reference": reference.digest()}
+
+
+def outcome(function, *arguments):
+    """What a case has to say, with "problem" where it failed."""
+    try:
+        return {"problem": ""} | (function(*arguments) or {})
+    except Exception:
+        return {"problem": traceback.format_exc()}
+
+
+def main():
+    folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timeout)
+    results = {}
+    for case in injected_tables.cases(world):
+        results[str(case)] = outcome(run, case, rank, world)
+    for name, (function, *arguments) in scenarios(world).items():
+        results[name] = outcome(function, rank, world, *arguments)
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
