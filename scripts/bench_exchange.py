@@ -69,13 +69,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, nargs="+", help="2 4 8, hsdp 4 8; not with torchrun")
     parser.add_argument("--layout", default="fsdp2", choices=LAYOUTS, help="hsdp has two replicas (%(default)s)")
-    parser.add_argument("--shapes", nargs="+", default=["16x4096", "4096x16"], help="matrices of a layer (%(default)s)")
+    parser.add_argument("--shapes", nargs="+", default=["128x4096"], help="matrices of a layer (%(default)s)")
     parser.add_argument("--hidden", type=int, help="instead of --shapes: those of a Llama of this width")
-    parser.add_argument("--layers", type=int, default=48, help="(%(default)s)")
-    parser.add_argument("--ns_steps", type=int, default=5, help="iterations of Newton-Schulz (%(default)s)")
+    parser.add_argument("--layers", type=int, default=64, help="(%(default)s)")
+    # On a CPU the five that Muon takes would dwarf the communication, which on accelerators they do not.
+    parser.add_argument("--ns_steps", type=int, default=1, help="iterations of Newton-Schulz (%(default)s)")
     parser.add_argument("--share", default="always", choices=EXCHANGE["share"].choices, help="(%(default)s)")
-    parser.add_argument("--exchange_bytes", type=int, default=1 << 20, help="of a round (%(default)s)")
-    parser.add_argument("--steps", type=int, default=15, help="timed repeats, of which the median counts (%(default)s)")
+    parser.add_argument("--exchange_bytes", type=int, default=1 << 22, help="of a round (%(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="timed repeats, of which the median counts (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or the type of an accelerator (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
@@ -129,8 +130,9 @@ def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) 
     """The exchange of these parameters, and one step of it that leaves them alone."""
     sources = [Source(p, f"matrix {i}", Layout(), stage, torch.float32) for i, p in enumerate(params)]
     exchange = build(sources, share=args.share, exchange_bytes=args.exchange_bytes)
-    parts, present = [dtensor.local(p) for p in params], [True] * len(params)
-    return exchange, lambda: exchange.run(present, lambda i: parts[i].clone(), lambda i, u: None)
+    # Directions are there already, and results take their place: what a rule computes is not measured.
+    parts, present = [dtensor.local(p).clone() for p in params], [True] * len(params)
+    return exchange, lambda: exchange.run(present, parts.__getitem__, lambda i, u: None)
 
 
 def alone(exchange: Exchange, params: Sequence[Tensor], device: torch.device, args: argparse.Namespace) -> Callable:

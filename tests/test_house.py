@@ -49,6 +49,12 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_sharding_communicates(path):
+    calls = re.findall(r"\b(all_\w+|barrier|broadcast\w*|i?send|i?recv|reduce_scatter\w*|gather)\(", path.read_text())
+    assert path.parent.name == "sharding" or not set(calls)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path):
     lines = len(path.read_text().splitlines())
     assert lines <= (30 if path.name == "__init__.py" else 300)

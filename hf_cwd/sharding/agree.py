@@ -1,4 +1,4 @@
-"""What ranks make sure of together before they exchange anything, once for a set of parameters."""
+"""What ranks find out together beside the exchange: mostly once, before they exchange anything."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,6 +30,13 @@ def everybody(flags: Sequence[bool], device: torch.device) -> list[bool]:
     common = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(common, dist.ReduceOp.MIN)
     return [bool(flag) for flag in common.tolist()]
+
+
+def total(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """The sum over all ranks of each number."""
+    sums = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def are_copies(params: Sequence[Tensor], device: torch.device) -> list[bool]:

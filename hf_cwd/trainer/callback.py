@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_cwd.decay import DecayCount
 from hf_cwd.optimizer import CWDOptimizer
+from hf_cwd.sharding.agree import total
 from hf_cwd.sharding.dtensor import is_dtensor
 
 
@@ -45,14 +45,8 @@ class DecayedFractionCallback(TrainerCallback):
             return
         count = self._optimizer.decay_count
         if any(is_dtensor(p) for group in self._optimizer.param_groups for p in group["params"]):
-            count = _of_all_ranks(count, args.device)
+            count = DecayCount(*total([int(count.decayed), count.total], args.device))
         fraction = count.fraction
         self._optimizer.decay_count = self._optimizer = None
         if fraction is not None:
             state.log_history[-1]["cwd/decayed_fraction"] = fraction
-
-
-def _of_all_ranks(count: DecayCount, device: torch.device) -> DecayCount:
-    both = torch.tensor([int(count.decayed), count.total], device=device)
-    torch.distributed.all_reduce(both)
-    return DecayCount(*both.tolist())

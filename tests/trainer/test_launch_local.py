@@ -54,6 +54,7 @@ class Report(TrainerCallback):
             "own": params == {{id(p) for p in model.parameters()}},
             "placements": sorted({{str(getattr(p, "placements", None)) for p in model.parameters()}}),
             "undecayed": sum(len(g["params"]) for g in optimizer.param_groups if g["weight_decay"] == 0),
+            "decayed": [log["cwd/decayed_fraction"] for log in state.log_history if "cwd/decayed_fraction" in log],
             "losses": [log["loss"] for log in state.log_history if "loss" in log],
             "digest": digest.hexdigest(),
         }}
@@ -163,6 +164,9 @@ def test_layout_trains_as_ddp_does(layout, launched):
         assert set(report["placements"]) == PLACEMENTS[layout]
         check_training(report)
         check_same_training(report, launched["ddp"][1][0][rule])
+        # Of all ranks' parts, not of this rank's; one element in 1000 may have turned its sign by rounding.
+        assert report["decayed"] == pytest.approx(launched["ddp"][1][0][rule]["decayed"], abs=1e-3)
+        assert len(report["decayed"]) == FLAGS["max_steps"]
         for other in others:
             assert (other["digest"], other["eval_loss"]) == (report["digest"], report["eval_loss"])
     assert re.findall(r"^rank (\d) is done$", done.stdout, re.MULTILINE) == ["0"], "the others are not heard"
