@@ -32,7 +32,6 @@ from hf_cwd.rules import RULES
 from hf_cwd.sharding import dtensor
 from hf_cwd.sharding.build import Source, build
 from hf_cwd.sharding.exchange import Exchange
-from hf_cwd.sharding.itinerary import Itinerary
 from hf_cwd.sharding.plan import EXCHANGE, Plan
 from hf_cwd.sharding.stage import Stage
 
@@ -135,16 +134,9 @@ def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) 
     return exchange, lambda: exchange.run(present, parts.__getitem__, lambda i, u: None)
 
 
-def alone(exchange: Exchange, params: Sequence[Tensor], device: torch.device, args: argparse.Namespace) -> Callable:
+def alone(exchange: Exchange, device: torch.device) -> Callable:
     """The orthogonalisation of the matrices that this rank owns, in the batches of the exchange."""
-    way = Itinerary(
-        exchange.plan,
-        dist.get_rank(),
-        peers=range(dist.get_world_size()),
-        local_sizes=[dtensor.local(p).numel() for p in params],
-        batch_bytes=0 if device.type == "cpu" else args.exchange_bytes,
-    )
-    rounds = [*(still for _, still in way.chunks), *way.rounds]
+    rounds = [*(still for _, still in exchange.itinerary.chunks), *exchange.itinerary.rounds]
     batches = [
         (batch.stage, torch.randn(len(batch.jobs), *batch.shape, device=device).to(batch.dtype))
         for round_ in rounds
@@ -207,7 +199,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     assert communication.plan.jobs == plan.jobs
     candidates = {
         "communication": run_communication,
-        "orthogonalisation": alone(together, params, device, args),
+        "orthogonalisation": alone(together, device),
         "together": run,
         "full_gather": full_gather(params, stage, plan.entries[0].dtype),
     }
