@@ -14,6 +14,7 @@ from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.sharding.dtensor import local, local_grad
 from hf_cwd.sharding.exchange import Exchange
+from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.state_dict import adopt, only_initialises
 
 
@@ -26,7 +27,6 @@ class CommonOptions(TypedDict, total=False):
         maximize: ascend instead of descend.
         kernel: ``"auto"`` or ``"eager"``.
         routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
-        share, exchange_bytes: only of rules for matrices, see :func:`hf_cwd.sharding.plan.plan`.
         fused, foreach, capturable, differentiable: only False or None; ``kernel=`` chooses the implementation here.
     """
 
@@ -35,8 +35,6 @@ class CommonOptions(TypedDict, total=False):
     maximize: bool
     kernel: str
     routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
-    share: str
-    exchange_bytes: int
     fused: bool | None
     foreach: bool | None
     capturable: bool | None
@@ -60,7 +58,8 @@ class CWDOptimizer(torch.optim.Optimizer):
         lr: learning rate, a float or a one-element tensor (read once a step).
         algorithm: rule of the groups that name none.
         companions: for the groups of other rules, their hyper-parameters' defaults: ``{"adamw": {"eps": 1e-6}}``.
-        options: the rule's hyper-parameters and :class:`CommonOptions`.
+        options: the rule's hyper-parameters, :class:`CommonOptions`, and for a rule for matrices ``share`` and
+            ``exchange_bytes``, see :func:`hf_cwd.sharding.plan.plan`.
 
     Raises:
         ValueError: a value out of range, or a parameter that the rule cannot take.
@@ -84,10 +83,11 @@ class CWDOptimizer(torch.optim.Optimizer):
         self._matrix_step = MatrixStep.of(_rule(algorithm), options)
         known = {**COMMON, **_rule(algorithm).hyperparameters}
         for name in options.keys() - known.keys():
-            near = difflib.get_close_matches(name, known, n=1)
+            takes = {*known, *(EXCHANGE if _rule(algorithm).matrix is not None else ())}
+            near = difflib.get_close_matches(name, takes, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(
-                f"{type(self).__name__} has no argument {name!r}.{hint} It takes {', '.join(sorted(known))}"
+                f"{type(self).__name__} has no argument {name!r}.{hint} It takes {', '.join(sorted(takes))}"
             )
         defaults = {name: kind.default for name, kind in known.items()} | {"algorithm": algorithm, "lr": lr} | options
         # A bare tensor and an empty list are left to torch, which refuses them in its own words.

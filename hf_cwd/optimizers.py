@@ -77,6 +77,7 @@ class CWDMuon(CWDOptimizer):
         ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is
             bfloat16, on a CPU float32, and float64 for float64 parameters.
         adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`.
+        share, exchange_bytes: how ranks share the matrices out, see :func:`hf_cwd.sharding.plan.plan`.
         adamw_lr: learning rate of the AdamW groups; None is ``lr``.
 
     Example:
@@ -100,6 +101,8 @@ class CWDMuon(CWDOptimizer):
         ns_dtype: str = "auto",
         eps: float = 1e-7,
         adjust_lr_fn: str = "match_rms_adamw",
+        share: str = "auto",
+        exchange_bytes: int = 1 << 28,
         weight_decay: float = 1e-1,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
@@ -110,7 +113,7 @@ class CWDMuon(CWDOptimizer):
         super().__init__(
             params, lr, algorithm="muon", companions={"adamw": companion}, momentum=momentum, nesterov=nesterov,
             ns_coefficients=ns_coefficients, ns_steps=ns_steps, ns_dtype=ns_dtype, eps=eps,
-            adjust_lr_fn=adjust_lr_fn, weight_decay=weight_decay, **options,
+            adjust_lr_fn=adjust_lr_fn, share=share, exchange_bytes=exchange_bytes, weight_decay=weight_decay, **options,
         )  # fmt: skip
 
 

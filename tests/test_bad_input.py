@@ -1,12 +1,14 @@
 """Bad input to the optimizers names itself and the fix, before anything has changed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from hf_cwd import CWDSGD, CWDAdamW, CWDLion, CWDMuon, route
+from hf_cwd.rules import RULES
 from tests.stepping import make, parameter, run
 
 
@@ -66,6 +68,22 @@ def test_unknown_arguments_get_the_nearest_name():
         make([parameter(2)], "adamw", weight_decy=0.1)
     with pytest.raises(ValueError, match="algorithm='adam' is not a registered rule"):
         make([parameter(2)], "adam")
+
+
+def test_options_of_the_exchange_are_those_of_rules_for_matrices():
+    p = parameter(2, 2)
+    with pytest.raises(TypeError, match=r"no argument 'exchange_byte'\. Did you mean exchange_bytes\?.*, share,"):
+        CWDMuon([p], exchange_byte=1)
+    with pytest.raises(ValueError, match="share='sometimes' is not valid: share is one of auto, always, never"):
+        CWDMuon([p], share="sometimes")
+    with pytest.raises(TypeError, match="CWDAdamW has no argument 'share'"):
+        CWDAdamW([p], share="never")
+
+
+def test_a_rule_for_matrices_says_what_they_cost():
+    muon = RULES["muon"]
+    with pytest.raises(ValueError, match="rule 'mine' has a matrix stage, and so needs matrix_flops, scale as well"):
+        replace(muon, name="mine", matrix_flops=None, scale=None)
 
 
 def test_muon_takes_matrices_only():

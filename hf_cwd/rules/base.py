@@ -57,6 +57,12 @@ class Rule:
     aliases: Mapping[str, str] = field(default_factory=dict)
     companion: str | None = None
 
+    def __post_init__(self) -> None:
+        needed = ("matrix_dtype", "matrix_flops", "scale")
+        missing = [name for name in needed if self.matrix is not None and getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"rule {self.name!r} has a matrix stage, and so needs {', '.join(missing)} as well")
+
     def checked_hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's hyper-parameters in the form they are used in; ValueError names the first that is not valid."""
         kinds = {**COMMON, **self.hyperparameters}

@@ -32,9 +32,8 @@ def check_sharding(name: str, rule: Rule, args: Any) -> None:
             f"--optim {name} does not support sp_size={sizes.sp_size}: Accelerate's sequence parallelism is "
             "DeepSpeed's, which is not supported yet. Set sp_size to 1"
         )
-    plugin = (
-        args.fsdp_plugin_args
-    )  # what transformers makes of --fsdp and --fsdp_config; its defaults differ by version
+    # What transformers makes of --fsdp and --fsdp_config; its defaults differ by version.
+    plugin = args.fsdp_plugin_args
     if plugin is None and not _is_true("ACCELERATE_USE_FSDP"):
         return
     plugin = plugin or {}
