@@ -114,8 +114,8 @@ def plan(
     Args:
         share: ``"always"``: one rank works for all replicas; ``"never"``: each replica works for itself; ``"auto"``:
             what costs less, of each kind of matrix.
-        exchange_bytes: a round is to receive no more, unless the largest matrix does. The number of rounds is the
-            busiest rank's bytes over this.
+        exchange_bytes: about what a rank receives in a round: there are as many rounds as the busiest rank's bytes are
+            of these, or of the largest matrix where that has more. Matrices are not cut, so a round may have more.
         balance: operations that take as long as receiving a byte, see :func:`flops_per_byte`.
     """
     entries = tuple(entries)
