@@ -1,7 +1,6 @@
 """Carries out a plan: gathers matrices at their owners, orthogonalises them there, and sends the results back.
 
-One all-to-all in each direction a round, and one all-reduce of a byte a parameter by which the ranks agree which of them
-have a gradient.
+One all-to-all in each direction a round, and one all-reduce of a byte a parameter: which of them have a gradient.
 """
 
 import contextlib
