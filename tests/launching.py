@@ -30,8 +30,9 @@ def start(*command, cwd, python=sys.executable, **environment) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    # Against a hang only: ranks that wait for each other are slowed many times over by a busy machine.
     try:
-        output, errors = process.communicate(timeout=600)
+        output, errors = process.communicate(timeout=1800)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

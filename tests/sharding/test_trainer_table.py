@@ -29,6 +29,7 @@ def table(tmp_path_factory):
 
     def ranks(world):
         if world not in cache:
+            cache[world] = None  # a launch that fails is not repeated by each of its tests
             launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={free_port()}"]
             program = ["-m", "tests.sharding.trainer_ranks", folder]
             result = finish(start(*(launcher if world > 1 else []), *program, cwd=ROOT))
@@ -37,6 +38,7 @@ def table(tmp_path_factory):
             loaded = [torch.load(file, weights_only=False) for file in files if file.exists()]
             cache[world] = [{Case(*case): result for case, result in rank.items()} for rank in loaded]
             assert [list(rank) for rank in cache[world]] == [layouts.cases(world)] * world, result.stderr
+        assert cache[world] is not None, f"the launch of {world} ranks failed: see the first test that needed it"
         return cache[world]
 
     ranks(1)  # it writes the models that the others load
