@@ -1,34 +1,54 @@
 """The step of the parameters of matrix rules: direction, exchange, decay and apply."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cwd import kernels
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels.base import Item
+from hf_cwd.kernels.eager import wide
 from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES, Rule
 from hf_cwd.rules.hyperparameters import checked
 from hf_cwd.sharding.build import Source, build
-from hf_cwd.sharding.dtensor import local, local_grad
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.sharding.stage import Stage
+from hf_cwd.states import Stepped, advance
 
 
 class Member(NamedTuple):
-    """A parameter of a matrix rule, its group, and the arguments of the group's kernels."""
+    """A parameter of a matrix rule, with or without a gradient."""
 
-    param: Tensor
+    stepped: Stepped
     name: str
-    group: Mapping[str, Any]
-    direction: Mapping[str, Any]
-    decaying: Mapping[str, Any]
+
+    @property
+    def rule(self) -> Rule:
+        return RULES[self.stepped.group["algorithm"]]
 
     @property
     def layout(self) -> Layout:
-        return Layout() if self.group["layout"] is None else Layout(**self.group["layout"])
+        return Layout() if self.stepped.group["layout"] is None else Layout(**self.stepped.group["layout"])
+
+
+class _Kind(NamedTuple):
+    """What the kernels are told of a member.
+
+    Attributes:
+        rule: its rule.
+        dtype: of its directions: that in which they travel and are orthogonalised.
+        scale: factor on its direction. Matrices of one parameter can differ in shape, and so in scale: theirs is in the
+            direction already.
+    """
+
+    rule: Rule
+    dtype: torch.dtype
+    scale: float
 
 
 class MatrixStep:
@@ -45,6 +65,8 @@ class MatrixStep:
         self.share, self.exchange_bytes = share, exchange_bytes
         self.exchange: Exchange | None = None
         self._made_for: Any = None
+        self._kinds: list[_Kind] = []
+        self._caches: dict[tuple[int, ...], dict[Any, Any]] = defaultdict(dict)  # of the kernels, by list of members
 
     @classmethod
     def of(cls, rule: Rule, options: dict[str, Any]) -> "MatrixStep":
@@ -55,48 +77,61 @@ class MatrixStep:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"exchange": None, "_made_for": None}  # a process group is not to be copied or pickled
+        # A process group is not to be copied or pickled.
+        return vars(self) | {"exchange": None, "_made_for": None, "_kinds": [], "_caches": defaultdict(dict)}
 
     def __call__(
         self,
         members: Sequence[Member],
-        advance: Callable[[Tensor, Mapping[str, Any]], tuple[int, list[Tensor]]],
+        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+        count: DecayCount | None,
         meanwhile: Callable[[], None],
     ) -> None:
         """One step.
 
         Args:
-            members: the parameters, those without a gradient too; equal on all ranks.
-            advance: gives, of a parameter and its group, this step's number and this rank's part of the buffers.
+            members: equal on all ranks.
+            states: the optimizer's.
+            count: see :class:`hf_cwd.decay.DecayCount`.
             meanwhile: work that needs no matrix, done while the first parts travel.
         """
+        items: dict[int, Item] = {}
 
-        def direction(i: int) -> Tensor:
-            p, _, group, arguments, _ = members[i]
-            grad = torch.zeros_like(local(p)) if p.grad is None else local_grad(p)
-            step, buffers = advance(p, group)
-            kernel = kernels.select(group["kernel"], grad.device)
-            return kernel.direction(RULES[group["algorithm"]], grad, buffers, step=step, **arguments)
+        def directions(wanted: Sequence[int]) -> list[Tensor]:
+            found = advance(states, [members[i].stepped for i in wanted])
+            items.update(zip(wanted, found, strict=True))
+            result: dict[int, Tensor] = {}
+            for kind in dict.fromkeys(self._kinds[i] for i in wanted):
+                some = [i for i in wanted if self._kinds[i] == kind]
+                new = kernels.directions(kind.rule, [items[i] for i in some], kind.dtype, self._caches[tuple(some)])
+                result.update(zip(some, new, strict=True))
+            return [result[i] for i in wanted]
 
-        def apply(i: int, u: Tensor) -> None:
-            p, _, group, arguments, decaying = members[i]
-            # Matrices of one parameter can differ in shape, and so in scale: theirs is in the direction already.
-            plain = members[i].layout == Layout()
-            scale = RULES[group["algorithm"]].scale(p.shape, **arguments["hyper"]) if plain else 1.0
-            kernels.select(group["kernel"], u.device).apply(local(p), u, scale=scale, **decaying)
+        def apply(wanted: Sequence[int], found: Sequence[Tensor]) -> None:
+            some = [items.pop(i) for i in wanted]
+            kernels.apply(some, found, [self._kinds[i].scale for i in wanted], count, self._caches[tuple(wanted)])
 
         self._prepare(members)
-        self.exchange.run([member.param.grad is not None for member in members], direction, apply, meanwhile)
+        self.exchange.run([member.stepped.param.grad is not None for member in members], directions, apply, meanwhile)
 
     def _prepare(self, members: Sequence[Member]) -> None:
         """Makes the exchange at the first step, since FSDP2 swaps parameters before it, and again after a change."""
-        stages = {id(m.group): Stage.of(m.group["algorithm"], m.direction["hyper"]) for m in members}
-        made_for = [(id(m.param), m.layout, stages[id(m.group)]) for m in members]
+        stages = {id(m.stepped.group): Stage.of(m.rule.name, dict(m.stepped.settings.hyper)) for m in members}
+        made_for = [(id(m.stepped.param), m.layout, stages[id(m.stepped.group)]) for m in members]
         if made_for == self._made_for:
             return
         sources = []
         for member in members:
-            dtype = kernels.select(member.group["kernel"], member.param.device).wide(member.param.dtype)
-            sources.append(Source(member.param, member.name, member.layout, stages[id(member.group)], dtype))
+            p, group, _ = member.stepped
+            dtype = wide(p.dtype)
+            sources.append(Source(p, member.name, member.layout, stages[id(group)], dtype))
         self.exchange = build(sources, share=self.share, exchange_bytes=self.exchange_bytes)
+        self._kinds = [_kind(member, stages[id(member.stepped.group)]) for member in members]
+        self._caches.clear()
         self._made_for = made_for
+
+
+def _kind(member: Member, stage: Stage) -> _Kind:
+    p = member.stepped.param
+    scale = stage.scale(tuple(p.shape)) if member.layout == Layout() else 1.0
+    return _Kind(member.rule, stage.wire(wide(p.dtype), p.device.type), scale)

@@ -7,15 +7,15 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from hf_cwd import kernels
+from hf_cwd import kernels, states
 from hf_cwd.decay import DecayCount
-from hf_cwd.matrices import Layout
 from hf_cwd.matrix_step import MatrixStep, Member
+from hf_cwd.refusals import check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
-from hf_cwd.sharding.dtensor import local, local_grad
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
-from hf_cwd.state_dict import adopt, only_initialises
+from hf_cwd.state_dict import adopt, only_initialises, restore_dtypes
+from hf_cwd.states import Stepped
 
 
 class CommonOptions(TypedDict, total=False):
@@ -25,19 +25,25 @@ class CommonOptions(TypedDict, total=False):
         cautious: False is plain decoupled weight decay, by the same code.
         mask: ``"ge"`` (the paper's ``u*x >= 0``) or ``"gt"``.
         maximize: ascend instead of descend.
-        kernel: ``"auto"`` or ``"eager"``.
+        kernel: ``"auto"`` takes the fastest: ``"c"`` on CPUs, ``"triton"`` on GPUs, else ``"eager"``.
+        state_dtype: of momenta and second moments, ``"float32"`` or ``"bfloat16"``; ``"auto"`` is the parameter's own.
+        master: ``"remainder"`` trains bfloat16 parameters as if they had fp32 masters: a state of 16 bits an element
+            holds what they lack of one, and the other states are fp32. The weights are the master's, rounded half up.
+        capturable: step counts stay on the GPU, so that a CUDA graph may capture the step; a tensor ``lr`` too.
         routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
-        fused, foreach, capturable, differentiable: only False or None; ``kernel=`` chooses the implementation here.
+        fused, foreach, differentiable: only False or None; ``kernel=`` chooses the implementation here.
     """
 
     cautious: bool
     mask: str
     maximize: bool
     kernel: str
+    state_dtype: str
+    master: str
+    capturable: bool
     routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
     fused: bool | None
     foreach: bool | None
-    capturable: bool | None
     differentiable: bool | None
 
 
@@ -76,11 +82,12 @@ class CWDOptimizer(torch.optim.Optimizer):
         routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
         **options: Any,
     ) -> None:
-        _refuse_torch_kernels(options)
+        refuse_torch_kernels(options)
         self.companions = dict(companions or {})
         self.decay_count: DecayCount | None = None
         self._names: list[list[str] | None] = []
         self._matrix_step = MatrixStep.of(_rule(algorithm), options)
+        self._cache: dict[Any, Any] = {}  # the kernels' tables
         known = {**COMMON, **_rule(algorithm).hyperparameters}
         for name in options.keys() - known.keys():
             takes = {*known, *(EXCHANGE if _rule(algorithm).matrix is not None else ())}
@@ -94,10 +101,13 @@ class CWDOptimizer(torch.optim.Optimizer):
         if routing is not None and not isinstance(params, Tensor) and (params := list(params)):
             params = routing(params if isinstance(params[0], dict) else [{"params": params}])
         super().__init__(params, defaults)
+        check_masters(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("companions", "_names", "_matrix_step")
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"decay_count": None}
+        return (
+            super().__getstate__() | {name: getattr(self, name) for name in own} | {"decay_count": None, "_cache": {}}
+        )
 
     @property
     def exchange(self) -> Exchange | None:
@@ -139,7 +149,7 @@ class CWDOptimizer(torch.optim.Optimizer):
             if rule.matrix is None:
                 continue
             if group["layout"] is not None:
-                _checked_layout(group["layout"], name, p)
+                check_layout(group["layout"], name, p)
             elif p.ndim != 2:
                 raise ValueError(
                     f"{name} is not a matrix: {rule.name} takes 2-D parameters only. Give the others to a group with "
@@ -171,61 +181,41 @@ class CWDOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             needs_matrices = _rule(group["algorithm"]).matrix is not None
             for position, p in enumerate(group["params"]):
-                if problem := _problem(p, needs_matrices):
-                    raise RuntimeError(f"{self._describe(number, position)} {problem}")
+                if found := problem(p, needs_matrices):
+                    raise RuntimeError(f"{self._describe(number, position)} {found}")
+        if not self.state:
+            check_masters(self.param_groups)
         if only_initialises(self):
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        self._state_of(p, _rule(group["algorithm"]).state_keys(group))
+                        states.make(self.state[p], p, group)
             return loss
-        members = []
-        for number, group in enumerate(self.param_groups):
-            if _rule(group["algorithm"]).matrix is not None:
-                arguments = self._arguments(group)
-                for i, p in enumerate(group["params"]):
-                    members.append(Member(p, self._describe(number, i), group, *arguments))
-        if members:
-            self._matrix_step(members, self._advance, self._step_elementwise)
+        if any(_rule(group["algorithm"]).matrix is not None for group in self.param_groups):
+            self._matrix_step(self._members(), self.state, self.decay_count, self._step_elementwise)
         else:
             self._step_elementwise()
         return loss
 
+    def _members(self) -> list[Member]:
+        """The parameters of matrix rules, those without a gradient too."""
+        members = []
+        for number, group in enumerate(self.param_groups):
+            if _rule(group["algorithm"]).matrix is not None:
+                given = states.settings(group)
+                for position, p in enumerate(group["params"]):
+                    members.append(Member(Stepped(p, group, given), self._describe(number, position)))
+        return members
+
     def _step_elementwise(self) -> None:
+        by_rule: dict[Rule, list[Stepped]] = {}
         for group in self.param_groups:
-            rule = _rule(group["algorithm"])
-            if rule.matrix is not None:
-                continue
-            direction, decaying = self._arguments(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    kernel = kernels.select(group["kernel"], p.device)
-                    step, buffers = self._advance(p, group)
-                    kernel.update(rule, local(p), local_grad(p), buffers, step=step, **direction, **decaying)
-
-    def _arguments(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the kernels take for a group: for the direction, and for decay and apply."""
-        hyper = {name: group[name] for name in _rule(group["algorithm"]).hyperparameters}
-        decaying = {name: group[name] for name in ("weight_decay", "cautious", "mask")}
-        decaying |= {"lr": float(group["lr"]), "count": self.decay_count}
-        return {"maximize": group["maximize"], "hyper": hyper}, decaying
-
-    def _advance(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
-        """This step's number and this rank's part of a parameter's buffers."""
-        keys = _rule(group["algorithm"]).state_keys(group)
-        state = self._state_of(p, keys)
-        state["step"] += 1
-        return int(state["step"]), [local(state[key]) for key in keys]
-
-    def _state_of(self, p: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
-        """A parameter's state, made at its first gradient: FSDP2 swaps parameters after the optimizer was made."""
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)  # a float32 tensor on the CPU, as in torch.optim
-        for key in keys:
-            if key not in state:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state
+            if (rule := _rule(group["algorithm"])).matrix is None:
+                given = states.settings(group)
+                found = (Stepped(p, group, given) for p in group["params"] if p.grad is not None)
+                by_rule.setdefault(rule, []).extend(found)
+        for rule, stepped in by_rule.items():
+            kernels.update(rule, states.advance(self.state, stepped), self.decay_count, self._cache)
 
     def _describe(self, number: int, position: int) -> str:
         """A parameter in words, with its name where the optimizer was given names."""
@@ -244,51 +234,12 @@ class CWDOptimizer(torch.optim.Optimizer):
             ValueError: another rule's state, a state that is not complete, or an option that is not supported here
                 (``amsgrad``); nothing has changed then.
         """
-        super().load_state_dict(adopt(state_dict, self.param_groups))
+        adopted = adopt(state_dict, self.param_groups)
+        super().load_state_dict(adopted)
+        restore_dtypes(self, adopted)
 
 
 def _rule(name: str) -> Rule:
     if name not in RULES:
         raise ValueError(f"algorithm={name!r} is not a registered rule: use one of {', '.join(RULES)}")
     return RULES[name]
-
-
-def _checked_layout(layout: Any, name: str, p: Tensor) -> None:
-    try:
-        Layout(**layout).check(p.shape)  # TypeError: no dict, or a key that a Layout has not
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
-
-
-def _refuse_torch_kernels(options: dict[str, Any]) -> None:
-    """Takes torch.optim's choice of implementation out of ``options``; False and None ask for nothing."""
-    instead = {
-        "fused": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
-        "foreach": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
-        "capturable": "a tensor lr is read once a step, so that step() cannot be captured in a CUDA graph",
-        "differentiable": "step() runs without gradients",
-    }
-    for name, reason in instead.items():
-        if options.pop(name, None):
-            raise ValueError(f"{name}=True is not supported: {reason}. Leave {name} out")
-
-
-def _problem(p: Tensor, needs_matrices: bool) -> str | None:
-    """Why a parameter cannot be stepped, if so."""
-    if needs_matrices and p.ndim < 2:
-        return (
-            "was a matrix when the optimizer was made and has been flattened since (FSDP version 1, DeepSpeed ZeRO): "
-            "its rule needs whole matrices. Use FSDP with fsdp_version: 2, or an element-wise rule such as cwd_adamw"
-        )
-    if p.grad is None:
-        return None
-    if p.grad.layout != torch.strided:
-        return (
-            "has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
-            "decayed too. Use sparse=False in nn.Embedding"
-        )
-    if p.grad.is_complex():
-        return "has a complex gradient: a sign is defined for real numbers only"
-    if p.grad.is_meta:
-        return "has a gradient on the meta device, which holds no numbers: materialise the model"
-    return None

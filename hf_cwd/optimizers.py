@@ -74,6 +74,9 @@ class CWDMuon(CWDOptimizer):
     vectors to some with ``algorithm="adamw"``. States: ``step``, ``exp_avg``; those of AdamW in its groups.
 
     Args:
+        ns_coefficients: name in :data:`hf_cwd.orthogonalize.COEFFICIENTS`, one ``(a, b, c)`` or a sequence of them.
+        ns: form of the Newton-Schulz iteration, ``"standard"`` or ``"gram"``; ``"auto"`` is the one of fewer
+            operations, see :func:`hf_cwd.orthogonalize.newton_schulz`.
         ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is
             bfloat16, on a CPU float32, and float64 for float64 parameters.
         adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`.
@@ -98,6 +101,7 @@ class CWDMuon(CWDOptimizer):
         nesterov: bool = True,
         ns_coefficients: Any = "quintic",
         ns_steps: int = 5,
+        ns: str = "auto",
         ns_dtype: str = "auto",
         eps: float = 1e-7,
         adjust_lr_fn: str = "match_rms_adamw",
@@ -112,8 +116,9 @@ class CWDMuon(CWDOptimizer):
         companion = {"betas": adamw_betas, "eps": adamw_eps} | ({} if adamw_lr is None else {"lr": adamw_lr})
         super().__init__(
             params, lr, algorithm="muon", companions={"adamw": companion}, momentum=momentum, nesterov=nesterov,
-            ns_coefficients=ns_coefficients, ns_steps=ns_steps, ns_dtype=ns_dtype, eps=eps,
-            adjust_lr_fn=adjust_lr_fn, share=share, exchange_bytes=exchange_bytes, weight_decay=weight_decay, **options,
+            ns_coefficients=ns_coefficients, ns_steps=ns_steps, ns=ns, ns_dtype=ns_dtype,
+            eps=eps, adjust_lr_fn=adjust_lr_fn, share=share, exchange_bytes=exchange_bytes, weight_decay=weight_decay,
+            **options,
         )  # fmt: skip
 
 

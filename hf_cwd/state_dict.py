@@ -8,6 +8,9 @@ import torch
 
 from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES, Rule
+from hf_cwd.rules.base import state_dtype
+from hf_cwd.states import REMAINDER
+from hf_cwd.states import keys as state_keys
 
 # Keys of torch.optim's groups that choose an implementation there; ours is the kernel= option.
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad")
@@ -44,9 +47,9 @@ def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any
         group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept
         rule = RULES[algorithm]
         groups.append(group | rule.checked_hyperparameters(group))
-        for index in saved["params"]:
+        for index, p in zip(saved["params"], own["params"], strict=True):
             if index in states:
-                states[index] = _adopt_state(states[index], rule, rule.state_keys(group), index)
+                states[index] = _adopt_state(states[index], rule, state_keys(group, p.dtype), index)
     return {**state_dict, "state": states, "param_groups": groups}
 
 
@@ -60,7 +63,7 @@ def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], in
         return {}  # torch.optim.SGD without momentum
     found = ", ".join(state) or "nothing"
     step = state.pop("step", 1.0)
-    if set(state) != set(keys):
+    if set(state) != {key for key in keys if key != REMAINDER or key in state}:
         raise ValueError(
             f"the saved state of parameter {index} holds {found}, but rule {rule.name!r} keeps "
             f"{', '.join(('step', *keys))}: it was saved by another optimizer. Continue with that one, or start afresh"
@@ -68,6 +71,17 @@ def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], in
     # torch's fused AdamW keeps the step on the parameter's device, old checkpoints keep a plain number.
     state["step"] = torch.as_tensor(step, dtype=torch.float32).cpu()
     return state
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, adopted: Mapping[str, Any]) -> None:
+    """Takes states again whose dtype is not their parameter's: torch has cast them to that when it loaded them."""
+    for saved, group in zip(adopted["param_groups"], optimizer.param_groups, strict=True):
+        for index, p in zip(saved["params"], group["params"], strict=True):
+            for key, value in adopted["state"].get(index, {}).items():
+                if key != "step" and p.is_floating_point():
+                    dtype = p.dtype if key == REMAINDER else state_dtype(group, p.dtype)
+                    if dtype != p.dtype:
+                        optimizer.state[p][key] = value.to(dtype=dtype, device=p.device, copy=True)
 
 
 def only_initialises(optimizer: torch.optim.Optimizer) -> bool:

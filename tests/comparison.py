@@ -115,6 +115,7 @@ def assert_follows_paper(
     cautious: bool = True,
     mask: str = "ge",
     maximize: bool = False,
+    kernel: str = "auto",
     **hyper: Any,
 ) -> CWDOptimizer:
     """Steps a parameter and the paper's algorithm with the same gradients, from the same x.
@@ -130,7 +131,7 @@ def assert_follows_paper(
     if "ns_dtype" in RULES[rule].hyperparameters and param.dtype != torch.float64:
         # bfloat16, the default, is too coarse: it changes the sign of many elements.
         hyper = {"ns_dtype": "float32"} | hyper
-    options = {"weight_decay": weight_decay, "cautious": cautious, "mask": mask, "maximize": maximize}
+    options = {"weight_decay": weight_decay, "cautious": cautious, "mask": mask, "maximize": maximize, "kernel": kernel}
     optimizer = CWDOptimizer([param], algorithm=rule, **options, **hyper)
     rates = itertools.cycle(lr if isinstance(lr, tuple) else (lr,))
     own = {name: optimizer.param_groups[0][name] for name in RULES[rule].hyperparameters} | hyper

@@ -12,7 +12,7 @@ from hf_cwd.rules import RULES
 from tests.stepping import make, parameter, run
 
 
-@pytest.mark.parametrize("option", ["fused", "foreach", "capturable", "differentiable"])
+@pytest.mark.parametrize("option", ["fused", "foreach", "differentiable"])
 def test_torch_s_implementations(algorithm, option):
     with pytest.raises(ValueError, match=f"{option}=True is not supported.*Leave {option} out"):
         make([parameter(2, 2)], algorithm, **{option: True})

@@ -21,8 +21,8 @@ MODULES = ["hf_cwd", *sorted(m.name for m in pkgutil.walk_packages(hf_cwd.__path
 
 # Who may import whom: a part imports only parts that stand before it, or its own.
 ORDER = [
-    *("decay", "orthogonalize", "matrices", "rules", "kernels", "sharding", "matrix_step"),
-    *("state_dict", "optimizer", "optimizers", "trainer", "launcher", "cli"),
+    *("decay", "orthogonalize", "matrices", "rules", "kernels", "sharding", "states"),
+    *("matrix_step", "state_dict", "refusals", "optimizer", "optimizers", "trainer", "launcher", "cli"),
 ]
 OUTSIDE = {"transformers", "accelerate", "datasets", "evaluate"}
 

@@ -107,7 +107,7 @@ def test_muon(shape, adjust_lr_fn, nesterov):
     """The same bfloat16 Newton-Schulz, so that only the parameter's own roundings differ."""
     options = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1, "adjust_lr_fn": adjust_lr_fn}
     ours, theirs = parameter(shape, torch.float32), parameter(shape, torch.float32)
-    optimizer = CWDMuon([ours], cautious=False, ns_dtype="bfloat16", **options)
+    optimizer = CWDMuon([ours], cautious=False, ns="standard", ns_dtype="bfloat16", **options)
     torch_optimizer = torch.optim.Muon([theirs], **options)
     for g in gradients(shape, torch.float32, steps=10):
         before = ours.detach().clone()
@@ -152,7 +152,8 @@ def test_training_continues_as_if_nothing_had_happened(exchange):
     (theirs,) = torch_optimizer.param_groups[0]["params"]
     ours = torch.nn.Parameter(theirs.detach().clone())
     own_class = EXCHANGES[exchange][1]
-    as_torch = {"ns_dtype": "bfloat16"} if own_class is CWDMuon else {}  # "auto" is float32 on a CPU
+    # "auto" is float32 on a CPU, and Gram's form for wide matrices.
+    as_torch = {"ns": "standard", "ns_dtype": "bfloat16"} if own_class is CWDMuon else {}
     # The hyper-parameters given here are wrong on purpose: the saved ones win.
     optimizer = own_class([ours], lr=0.5, weight_decay=0.7, cautious=False, **as_torch)
     optimizer.load_state_dict(copy.deepcopy(torch_optimizer.state_dict()))

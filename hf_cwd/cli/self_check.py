@@ -100,8 +100,15 @@ def self_check(problems: list[str]) -> Report:
     for device in _devices():
         for kernel, found in _kernels(device).items():
             if not isinstance(found, Exception):
-                report[f"{kernel} on {device}"] = "; ".join(_checked(rule, kernel, device, problems) for rule in RULES)
+                taken = [rule for rule in RULES if kernel == "auto" or _takes(found, rule)]
+                report[f"{kernel} on {device}"] = "; ".join(_checked(rule, kernel, device, problems) for rule in taken)
     return report
+
+
+def _takes(kernel: ModuleType, rule: str) -> bool:
+    """Whether a kernel has this rule in float32; that of the user's own is not in the fused ones."""
+    states = RULES[rule].state_keys({name: kind.default for name, kind in RULES[rule].hyperparameters.items()})
+    return kernel.refusal(RULES[rule], (torch.float32,) * (2 + len(states))) is None
 
 
 def _checked(rule: str, kernel: str, device: torch.device, problems: list[str]) -> str:

@@ -1,13 +1,5 @@
-"""Kernels: how a rule and the decay walk over memory. ``eager`` is the specification; faster ones are twins of it."""
+"""Kernels: how a rule and the decay walk over memory. ``eager`` is the specification; the faster ones are its twins."""
 
-from types import ModuleType
+from hf_cwd.kernels.dispatch import KERNELS, apply, directions, select, unavailable, update
 
-import torch
-
-from hf_cwd.kernels import eager
-
-
-def select(name: str, device: torch.device) -> ModuleType:
-    """The kernel for a group's ``kernel`` key on a device. ``"auto"`` is the fastest that runs there."""
-    del name, device  # eager is the only one so far and runs everywhere; COMMON["kernel"] lists the valid names
-    return eager
+__all__ = ["KERNELS", "apply", "directions", "select", "unavailable", "update"]

@@ -5,13 +5,15 @@ rounded once, as torch's fused optimizers do: decay and update would otherwise b
 lr * weight_decay is below bf16's resolution.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_cwd import decay
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels.base import Item, Settings, joined, split
 from hf_cwd.rules.base import Rule
 
 # Elements in a block. On a CPU a few fp32 blocks stay in cache and are large enough to be shared among threads;
@@ -26,71 +28,91 @@ for _dtype in (torch.float32, torch.float64):
     torch.ones(1, dtype=_dtype).sqrt()
 
 
-def update(
-    rule: Rule,
-    param: Tensor,
-    grad: Tensor,
-    buffers: Sequence[Tensor],
-    *,
-    step: int,
-    maximize: bool,
-    hyper: Mapping[str, Any],
-    **decaying: Any,
+def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """None: it takes everything."""
+    del rule, dtypes
+    return None
+
+
+def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+    """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
+    del cache
+    for item in items:
+        decaying = _decaying(item.settings, count)
+        for g, x, remainder, *block in _blocks(item.grad, item.param, item.remainder, *item.buffers):
+            number = wide(x.dtype)
+            state = [t.to(number) for t in block]
+            u = _direction(rule, item, g.to(number), state)
+            _narrow(state, block)
+            _step(x, u, remainder, **decaying)
+
+
+def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+    """The directions before the matrix stage, see :class:`hf_cwd.kernels.base.Kernel`."""
+    del cache
+    found = []
+    for item in items:
+        u = torch.empty(item.grad.shape, dtype=dtype, device=item.grad.device)
+        number = wide(item.param.dtype)
+        for out, g, *block in _blocks(u, item.grad, *item.buffers):
+            state = [t.to(number) for t in block]
+            out.copy_(_direction(rule, item, g.to(number), state))
+            _narrow(state, block)
+        found.append(u)
+    return found
+
+
+def apply(
+    items: Sequence[Item],
+    directions: Sequence[Tensor],
+    scales: Sequence[float],
+    count: DecayCount | None,
+    cache: dict[Any, Any],
 ) -> None:
-    """One step of an element-wise rule: direction, decay, apply. Mutates ``param`` and ``buffers``.
-
-    Args:
-        step: this step's number, from 1.
-        maximize: ascend instead of descend.
-        hyper: the rule's own hyper-parameters.
-        decaying: keyword arguments of :func:`hf_cwd.decay.step_`.
-    """
-    for g, *block in _blocks(grad, param, *buffers):
-        x, *state = wide = _widen(block)
-        g = g.to(x.dtype)
-        u = rule.direction(-g if maximize else g, *state, step=step, **hyper)
-        decay.step_(x, u, **decaying)
-        _narrow(wide, block)
+    """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.base.Kernel`."""
+    del cache
+    for item, u, scale in zip(items, directions, scales, strict=True):
+        decaying = _decaying(item.settings, count)
+        for block, x, remainder in _blocks(u, item.param, item.remainder):
+            _step(x, block.to(wide(x.dtype)), remainder, scale=scale, **decaying)
 
 
-def direction(
-    rule: Rule, grad: Tensor, buffers: Sequence[Tensor], *, step: int, maximize: bool, hyper: Mapping[str, Any]
-) -> Tensor:
-    """The direction of a rule before its matrix stage, as a new tensor of the gradient's shape. Mutates ``buffers``."""
-    u = torch.empty(grad.shape, dtype=wide(buffers[0].dtype), device=grad.device)
-    for out, g, *block in _blocks(u, grad, *buffers):
-        state = _widen(block)
-        g = g.to(out.dtype)
-        out.copy_(rule.direction(-g if maximize else g, *state, step=step, **hyper))
-        _narrow(state, block)
-    return u
+def _direction(rule: Rule, item: Item, grad: Tensor, state: Sequence[Tensor]) -> Tensor:
+    grad = -grad if item.settings.maximize else grad
+    return rule.direction(grad, *state, step=item.step, **dict(item.settings.hyper))
 
 
-def apply(param: Tensor, direction: Tensor, **decaying: Any) -> None:
-    """Decay and apply a direction that is already known. Mutates ``param``."""
-    for block, u in _blocks(param, direction):
-        (x,) = _widen([block])
-        decay.step_(x, u.to(x.dtype), **decaying)
-        _narrow([x], [block])
+def _decaying(settings: Settings, count: DecayCount | None) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("lr", "weight_decay", "cautious", "mask")} | {"count": count}
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _step(param: Tensor, direction: Tensor, remainder: Tensor | None, **decaying: Any) -> None:
+    """Decay and apply in the wide dtype, and back into memory."""
+    if remainder is not None:
+        x = joined(param, remainder)
+        decay.step_(x, direction, **decaying)
+        split(x, param, remainder)
+    else:
+        x = param.to(wide(param.dtype))
+        decay.step_(x, direction, **decaying)
+        _narrow([x], [param])
+
+
+def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The same stretches of all tensors. Element-wise work does not care about shapes, so blocks are flat."""
-    if not all(t.is_contiguous() for t in tensors):
-        yield tensors  # rare (channels_last, transposed): one block, whose temporaries are as large as the tensor
+    first = tensors[0]
+    if not all(t is None or t.is_contiguous() for t in tensors):
+        yield tensors  # rare, see flat() in dispatch.py: one block, whose temporaries are as large as the tensor
         return
-    size = BLOCK if tensors[0].device.type == "cpu" else DEVICE_BLOCK
-    yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+    size = BLOCK if first.device.type == "cpu" else DEVICE_BLOCK
+    flat = [None if t is None else t.view(-1) for t in tensors]
+    for start in range(0, first.numel(), size):
+        yield tuple(None if t is None else t[start : start + size] for t in flat)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that directions and updates of parameters of ``dtype`` are computed in."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _widen(block: Sequence[Tensor]) -> list[Tensor]:
-    """The block in the dtype that it is computed in; a tensor that already has it is passed on, not copied."""
-    return [t.to(wide(t.dtype)) for t in block]
 
 
 def _narrow(wide: Sequence[Tensor], block: Sequence[Tensor]) -> None:

@@ -27,8 +27,9 @@ def direction(
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    return exp_avg.div(denominator).div_(1 - beta1**step)
+    # Multiplied by reciprocals, as torch does for a division by a number on a GPU, but not on a CPU.
+    denominator = exp_avg_sq.sqrt().mul_((1 - beta2**step) ** -0.5).add_(eps)
+    return exp_avg.div(denominator).mul_(1 / (1 - beta1**step))
 
 
 RULE = Rule(

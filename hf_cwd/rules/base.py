@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_cwd.decay import MASKS
 from hf_cwd.rules.hyperparameters import Choice, Flag, Hyperparameter, Real, checked
 
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # What every parameter group has, whatever its rule. The defaults of lr and weight_decay are the optimizer class's.
 COMMON: dict[str, Hyperparameter] = {
     "lr": Real(1e-3, tensor=True),
@@ -17,7 +19,10 @@ COMMON: dict[str, Hyperparameter] = {
     "cautious": Flag(True),
     "mask": Choice("ge", MASKS),
     "maximize": Flag(False),
-    "kernel": Choice("auto", ("auto", "eager")),
+    "kernel": Choice("auto", ("auto", "eager", "c", "triton")),
+    "state_dtype": Choice("auto", ("auto", *STATE_DTYPES)),
+    "master": Choice("none", ("none", "remainder")),
+    "capturable": Flag(False),
 }
 
 
@@ -25,7 +30,7 @@ def _nothing(group: Mapping[str, Any]) -> None:
     del group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a rule is itself only: it can be a key
 class Rule:
     """A direction, and what it remembers between steps. It knows no learning rate, decay, rank, kernel or Trainer.
 
@@ -34,7 +39,7 @@ class Rule:
         direction: ``(grad, *buffers, step, **hyperparameters) -> u``. Element-wise: it runs on any slice of any shard.
             Mutates only its buffers; ``step`` counts from 1.
         state_keys: names of the buffers for given hyper-parameters, in the order ``direction`` takes them. Each has the
-            shape and dtype of the parameter and starts at zero.
+            shape of the parameter, the dtype of :func:`state_dtype`, and starts at zero.
         hyperparameters: declared hyper-parameters by name; all are passed to ``direction`` by keyword.
         matrix: ``(u, **hyperparameters) -> u`` on a whole matrix, run between ``direction`` and the mask.
         matrix_dtype: ``(dtype of u, device type, **hyperparameters) -> dtype`` that ``matrix`` computes in.
@@ -69,3 +74,18 @@ class Rule:
         values = {name: checked(self.name, name, kind, group[name]) for name, kind in kinds.items()}
         self.validate(values)
         return values
+
+
+def state_dtype(group: Mapping[str, Any], param: torch.dtype) -> torch.dtype:
+    """The dtype of the buffers of a parameter of dtype ``param``: its own, if the group does not say otherwise.
+
+    With ``master="remainder"`` it is fp32, as that of an fp32 master.
+    """
+    if group["state_dtype"] != "auto":
+        return STATE_DTYPES[group["state_dtype"]]
+    return torch.float32 if has_remainder(group, param) else param
+
+
+def has_remainder(group: Mapping[str, Any], param: torch.dtype) -> bool:
+    """Whether a parameter of dtype ``param`` has an fp32 master, of which it is the upper half."""
+    return group["master"] == "remainder" and param == torch.bfloat16

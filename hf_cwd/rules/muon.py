@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.orthogonalize import newton_schulz
+from hf_cwd.orthogonalize import FORMS, newton_schulz
+from hf_cwd.orthogonalize import flops as newton_schulz_flops
 from hf_cwd.rules.base import Rule
 from hf_cwd.rules.hyperparameters import Choice, Coefficients, Flag, Integer, Real
 
@@ -44,16 +45,17 @@ def dtype(direction: torch.dtype, device: str, *, ns_dtype: str, **_: Any) -> to
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def orthogonalize(u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, eps: float, **_: Any) -> Tensor:
+def orthogonalize(
+    u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, ns: str, eps: float, **_: Any
+) -> Tensor:
     """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in :func:`dtype`."""
     number = dtype(u.dtype, u.device.type, ns_dtype=ns_dtype)
-    return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=number)
+    return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=number, form=ns)
 
 
-def flops(rows: int, columns: int, *, ns_steps: int, **_: Any) -> int:
-    """Floating-point operations of :func:`orthogonalize`: three products of matrices an iteration."""
-    short, long = sorted((rows, columns))
-    return ns_steps * (4 * short**2 * long + 2 * short**3)
+def flops(rows: int, columns: int, *, ns_steps: int, ns: str, **_: Any) -> int:
+    """Floating-point operations of :func:`orthogonalize`, in the form that will run."""
+    return newton_schulz_flops(rows, columns, steps=ns_steps, form=ns)
 
 
 def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
@@ -78,6 +80,7 @@ RULE = Rule(
         "nesterov": Flag(True),
         "ns_steps": Integer(5, 1, 99),
         "ns_coefficients": Coefficients("quintic"),
+        "ns": Choice("auto", FORMS),
         "ns_dtype": Choice("auto", ("auto", *NS_DTYPES)),
         "eps": Real(1e-7),
         # torch.optim.Muon's None is "original".

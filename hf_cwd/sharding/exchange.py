@@ -57,8 +57,8 @@ class Exchange:
     def run(
         self,
         present: Sequence[bool],
-        direction: Callable[[int], Tensor],
-        apply: Callable[[int, Tensor], None],
+        directions: Callable[[Sequence[int]], Sequence[Tensor]],
+        apply: Callable[[Sequence[int], Sequence[Tensor]], None],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """One step of all matrices. Every rank must call it.
@@ -70,9 +70,9 @@ class Exchange:
 
         Args:
             present: whether this rank has a gradient for each source.
-            direction: this rank's part of a source's direction, as a new contiguous tensor; it is also asked for one
-                that only other ranks have a gradient for.
-            apply: takes that part orthogonalised; matrices of a layout other than the default are scaled already.
+            directions: this rank's parts of some sources' directions, as new contiguous tensors; it is also asked for
+                sources that only other ranks have a gradient for.
+            apply: takes those parts orthogonalised; matrices of a layout other than the default are scaled already.
             meanwhile: work that needs no matrix, done while the first round travels.
 
         Raises:
@@ -82,12 +82,12 @@ class Exchange:
         agreement, absent = self._agree(present)
 
         def begin(sources: Sequence[int]) -> None:
-            parts.update({source: direction(source) for source in sources if source not in absent})
+            some = [source for source in sources if source not in absent]
+            parts.update(zip(some, directions(some), strict=True))
 
         def end(sources: Sequence[int]) -> None:
-            for source in sources:
-                if source not in absent:
-                    apply(source, parts.pop(source))
+            some = [source for source in sources if source not in absent]
+            apply(some, [parts.pop(source) for source in some])
 
         def gather(k: int) -> Transfer:
             begin(self.itinerary.begins[k])

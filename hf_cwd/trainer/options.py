@@ -61,7 +61,7 @@ def options(rule_name: str) -> dict[str, Option]:
     """
     rule = RULES[rule_name]
     known = {name: Option(name, kind) for name, kind in rule.hyperparameters.items()}
-    known |= {name: Option(name, COMMON[name]) for name in ("cautious", "mask", "kernel")}
+    known |= {name: Option(name, COMMON[name]) for name in ("cautious", "mask", "kernel", "state_dtype", "master")}
     if rule.matrix is not None:
         known |= {name: Option(name, kind) for name, kind in EXCHANGE.items()}
     if rule.companion is not None:

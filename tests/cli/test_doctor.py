@@ -35,7 +35,7 @@ def test_a_whole_environment(tmp_path):
         "  ACCELERATE_MIXED_PRECISION: no",
         f"  python: {sys.version.split()[0]}, {sys.executable}",
         f"  transformers: {transformers.__version__}",
-        "  auto on cpu: hf_cwd.kernels.eager",
+        "  auto on cpu: hf_cwd.kernels.c",
         f"  gloo: {'yes' if torch.distributed.is_gloo_available() else 'no'}",
         "  --optim cwd_muon: registered, rule muon",
     ):
@@ -103,7 +103,7 @@ def test_plain_decay_fails_the_check_of_every_rule(monkeypatch):
     monkeypatch.setattr(decay, "cautious_mask", lambda direction, param, *, mask: torch.ones_like(param))
     _, problems = checked()
     assert len({problem.split()[0] for problem in problems}) == len(RULES)
-    assert "adamw does not step as defined, auto kernel on cpu: off by 0.25" in problems
+    assert "adamw does not step as defined, eager kernel on cpu: off by 0.25" in problems
 
 
 @pytest.mark.parametrize("wrong", [2.0, float("nan")])
@@ -131,14 +131,14 @@ def test_a_rule_of_the_user_s_is_held_to_its_own_direction(monkeypatch):
 
 def test_a_kernel_that_cannot_run_says_why_and_is_not_checked(monkeypatch):
     def select(name, device):
-        if name == "eager":
+        if name in ("c", "triton"):
             raise ImportError("no compiler")
-        return kernels.eager
+        return kernels.KERNELS["eager"]
 
     monkeypatch.setattr(kernels, "select", select)
     problems = []
-    assert self_check.kernel_table(problems)["eager on cpu"] == "not usable: ImportError: no compiler"
-    assert "eager on cpu" not in self_check.self_check(problems)
+    assert self_check.kernel_table(problems)["c on cpu"] == "not usable: ImportError: no compiler"
+    assert self_check.self_check(problems).keys() == {"auto on cpu", "eager on cpu"}
     assert problems == []
 
 

@@ -1,0 +1,200 @@
+"""What a kernel is given: this rank's part of each parameter, and its group's settings, as one row of numbers."""
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.rules import adamw, lion, muon, sgd
+from hf_cwd.rules.base import Rule
+
+
+class Settings(NamedTuple):
+    """A group's settings in one step; ``hyper`` holds the rule's own hyper-parameters as ``(name, value)`` pairs."""
+
+    hyper: tuple[tuple[str, Any], ...]
+    lr: float | Tensor  # a tensor on the device with ``capturable`` only
+    weight_decay: float
+    cautious: bool
+    mask: str
+    maximize: bool
+    kernel: str
+    capturable: bool
+
+
+class Item(NamedTuple):
+    """One parameter's part on this rank. All tensors have its shape and lie alike in memory.
+
+    Attributes:
+        param: x, mutated.
+        grad: g.
+        buffers: the rule's states, mutated, in the order of its ``state_keys``.
+        remainder: int16, mutated: what a bfloat16 ``param`` lacks of its fp32 master, see :func:`split`; else None.
+        step: this step's number, from 1; with ``capturable`` a float32 tensor on the device.
+        settings: those of its group.
+    """
+
+    param: Tensor
+    grad: Tensor
+    buffers: tuple[Tensor, ...]
+    remainder: Tensor | None
+    step: int | Tensor
+    settings: Settings
+
+
+class Kernel(Protocol):
+    """The operations over lists of items. ``cache`` is the optimizer's own: a kernel may keep its tables there."""
+
+    def refusal(self, rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Why it cannot run a rule on (param, grad, states); None if it can. ``rule`` None: apply, (param, u)."""
+
+    def update(self, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+        """One step of an element-wise rule: direction, decay, apply."""
+
+    def directions(self, rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+        """The directions before the matrix stage, as new contiguous tensors of ``dtype``; mutates the buffers."""
+
+    def apply(
+        self,
+        items: Sequence[Item],
+        directions: Sequence[Tensor],
+        scales: Sequence[float],
+        count: DecayCount | None,
+        cache: dict[Any, Any],
+    ) -> None:
+        """Decay, and apply directions that are known; ``grad`` and ``buffers`` of the items are not looked at."""
+
+
+class Row(NamedTuple):
+    """The numbers that a fused kernel reads, all float32: computed in double precision here, and rounded once.
+
+    A lerp from s to e is ``fma(w, e - s, s)`` with its weight w < 1/2, and ``fma(w - 1, e - s, e)`` otherwise, where w is
+    rounded first, as torch's; ``*_weight`` is w or w - 1, ``*_far`` is 1 in the second case. What a rule does not use
+    is 0.
+
+    Attributes:
+        grad_scale: multiplies the gradient first.
+        first_weight, first_far: lerp of the momentum m to g (of Lion's direction for Lion).
+        second_weight, second_far: Lion: lerp of m to g; momentum rules: Nesterov's lerp of g to m (``ema``).
+        keep: AdamW: b2; SGD: momentum.
+        take: AdamW: 1 - b2; SGD: 1 - dampening.
+        root_scale: AdamW: 1 / sqrt(1 - b2^t).
+        eps: AdamW's.
+        direction_scale: AdamW: 1 / (1 - b1^t).
+        opposed, aligned, neither: coefficient of x where u*x < 0, > 0, neither: -lr*weight_decay or -0.
+        decays: 0 with weight_decay 0: the decay is left out, not computed with 0.
+        rate: coefficient of u: -lr * scale.
+        form: momentum rules: 0 none, 1 first step, 2 SGD's, 3 moving average; + 4 with Nesterov.
+    """
+
+    grad_scale: float = 1.0
+    first_weight: float = 0.0
+    first_far: float = 0.0
+    second_weight: float = 0.0
+    second_far: float = 0.0
+    keep: float = 0.0
+    take: float = 0.0
+    root_scale: float = 0.0
+    eps: float = 0.0
+    direction_scale: float = 0.0
+    opposed: float = 0.0
+    aligned: float = 0.0
+    neither: float = 0.0
+    decays: float = 0.0
+    rate: float = 0.0
+    form: float = 0.0
+
+
+def _lerp(weight: float) -> tuple[float, float]:
+    (weight,) = struct.unpack("f", struct.pack("f", weight))
+    return (weight, 0.0) if weight < 0.5 else (weight - 1, 1.0)
+
+
+def _adamw(step: int, betas: tuple[float, float], eps: float) -> dict[str, float]:
+    beta1, beta2 = betas
+    weight, far = _lerp(1 - beta1)
+    return {
+        **{"first_weight": weight, "first_far": far, "keep": beta2, "take": 1 - beta2, "eps": eps},
+        **{"root_scale": (1 - beta2**step) ** -0.5, "direction_scale": 1 / (1 - beta1**step)},
+    }
+
+
+def _lion(step: int, betas: tuple[float, float]) -> dict[str, float]:
+    (first, first_far), (second, second_far) = (_lerp(1 - beta) for beta in betas)
+    return {"first_weight": first, "first_far": first_far, "second_weight": second, "second_far": second_far}
+
+
+def _moving_average(momentum: float, nesterov: bool) -> dict[str, float]:
+    (first, first_far), (second, second_far) = _lerp(1 - momentum), _lerp(momentum)
+    return {
+        **{"first_weight": first, "first_far": first_far, "second_weight": second, "second_far": second_far},
+        "form": 3.0 + 4.0 * nesterov,
+    }
+
+
+def _sgd(step: int, momentum: float, dampening: float, nesterov: bool, ema: bool) -> dict[str, float]:
+    if momentum and ema:
+        return _moving_average(momentum, nesterov)
+    form = 0.0 if not momentum else (1.0 if step == 1 else 2.0) + 4.0 * nesterov
+    return {"keep": momentum, "take": 1 - dampening, "form": form}
+
+
+def _muon(step: int, momentum: float, nesterov: bool, **_: Any) -> dict[str, float]:
+    return _moving_average(momentum, nesterov)
+
+
+# By the function itself: a rule that somebody replaced by another one of the same name is not this one.
+FUSED: dict[Callable[..., Tensor], Callable[..., dict[str, float]]] = {
+    adamw.direction: _adamw,
+    lion.direction: _lion,
+    sgd.direction: _sgd,
+    muon.direction: _muon,
+}
+
+
+@cache
+def _decay(lr: float, weight_decay: float, cautious: bool, mask: str) -> dict[str, float]:
+    if weight_decay == 0:
+        return {}
+    on, off = -lr * weight_decay, -0.0
+    table = {"ge": (off, on, on), "gt": (off, on, off)}
+    opposed, aligned, neither = table[mask] if cautious else (on, on, on)
+    return {"opposed": opposed, "aligned": aligned, "neither": neither, "decays": 1.0}
+
+
+def row(rule: Rule | None, settings: Settings, step: int = 0, scale: float = 1.0) -> Row:
+    """The row of a group in a step; ``rule`` None: decay and apply only, with ``scale`` on the direction."""
+    hyper: Mapping[str, float] = FUSED[rule.direction](step, **dict(settings.hyper)) if rule is not None else {}
+    return Row(
+        grad_scale=-1.0 if settings.maximize else 1.0,
+        rate=-settings.lr * scale,
+        **hyper,
+        **_decay(settings.lr, settings.weight_decay, settings.cautious, settings.mask),
+    )
+
+
+def split(wide: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Stores an fp32 master as its upper 16 bits, rounded half up in magnitude, and what is then missing of it.
+
+    ``master = (bits(param) << 16) + remainder`` as int32, exactly. A NaN becomes the standard one, with remainder 0.
+
+    Args:
+        wide: the fp32 master, overwritten.
+        param: bfloat16, gets the upper half.
+        remainder: int16, gets the difference.
+    """
+    wide.masked_fill_(wide.isnan(), float("nan"))  # a payload's carry could reach the sign
+    bits = wide.view(torch.int32)
+    upper = bits.add(0x8000).bitwise_right_shift_(16)
+    param.view(torch.int16).copy_(upper)
+    remainder.copy_(bits.sub_(upper.bitwise_left_shift_(16)))
+
+
+def joined(param: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 master of :func:`split`, a new tensor."""
+    upper = param.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return upper.add_(remainder).view(torch.float32)

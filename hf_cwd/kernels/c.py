@@ -1,0 +1,190 @@
+"""The fused CPU kernel: cwd.c through ctypes. One pass over memory a step, in torch's own OpenMP threads."""
+
+import contextlib
+import ctypes
+import os
+from array import array
+from collections.abc import Sequence
+from functools import cache as once
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels import build
+from hf_cwd.kernels.base import Item, Row, row
+from hf_cwd.rules import adamw, lion, muon, sgd
+from hf_cwd.rules.base import Rule
+
+# As the enums of cwd.c.
+ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR = range(6)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MASTER = 3
+CHUNK = 32768
+LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
+
+OPERATIONS = {adamw.direction: ADAMW, lion.direction: LION, sgd.direction: MOMENTUM, muon.direction: MOMENTUM}
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("op", "x", "g", "m", "v", "count", "level")),
+        ("tensors", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("tensor", "rows")),
+        *((name, ctypes.c_int64) for name in ("next", "counted")),
+    )
+
+
+@once
+def _load() -> ctypes.CDLL | str:
+    try:
+        library = ctypes.CDLL(str(build.library()))
+    except (build.BuildError, OSError) as error:
+        return str(error)
+    library.cwd_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.cwd_run.restype = None
+    return library
+
+
+@once
+def _level() -> int:
+    library = _load()
+    return -1 if isinstance(library, str) else library.cwd_level()
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this kernel cannot run on a device; None if it can. Builds the library if there is none yet."""
+    if device.type != "cpu":
+        return "it runs on a CPU only"
+    library = _load()
+    if isinstance(library, str):
+        return library
+    return "this processor has no fused multiply-add" if _level() < 0 else None
+
+
+@once
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch brought; None if it brought none that has it.
+
+    A runtime of our own would be a second one: each keeps its threads spinning for a while after its work, on the
+    cores that the other one's threads need.
+    """
+    for name in (None, "libgomp.so.1", "libiomp5.so", "libomp.so"):
+        with contextlib.suppress(OSError, AttributeError):
+            loaded = ctypes.CDLL(name, mode=os.RTLD_NOW | (os.RTLD_NOLOAD if name else 0))
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+    return None
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    # The runtime still counts on the threads of the parent, which are not in the child: it would wait for them.
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many threads the next call uses: torch's number, or 1 in a forked process or without OpenMP."""
+    return 1 if _forked or _openmp() is None else torch.get_num_threads()
+
+
+def about() -> str:
+    """What runs here, for a line of log."""
+    return f"{LEVELS[max(0, _level())]}, {threads()} thread(s)"
+
+
+def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    if rule is not None and rule.direction not in OPERATIONS:
+        return f"the rule {rule.name}"
+    names = ("parameters", "gradients" if rule is not None else "directions", *("states",) * (len(dtypes) - 2))
+    refused = (f"{str(t).removeprefix('torch.')} {what}" for what, t in zip(names, dtypes, strict=True))
+    return next((text for text, t in zip(refused, dtypes, strict=True) if t not in DTYPES), None)
+
+
+def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], count)
+
+
+def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    made = [torch.empty(item.grad.shape, dtype=dtype) for item in items]
+    outputs = (item._replace(param=u, remainder=None) for item, u in zip(items, made, strict=True))
+    _run(DIRECTIONS, rule, [(output, output.grad, 1.0) for output in outputs], None)
+    return made
+
+
+def apply(
+    items: Sequence[Item],
+    directions: Sequence[Tensor],
+    scales: Sequence[float],
+    count: DecayCount | None,
+    cache: dict[Any, Any],
+) -> None:
+    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    known = (item._replace(buffers=()) for item in items)
+    _run(APPLY, None, list(zip(known, directions, scales, strict=True)), count)
+
+
+def floor(items: Sequence[Item]) -> None:
+    """Reads and writes what :func:`update` would, without its arithmetic: the numbers become meaningless."""
+    _run(FLOOR, None, [(item, item.grad, 1.0) for item in items], None)
+
+
+def _run(
+    op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]], count: DecayCount | None, level: int = -1
+) -> None:
+    """One operation on ``(item, gradient or known direction, scale)``: one call for each combination of dtypes.
+
+    The tables are made anew each step: that costs no more than to compare every address with those of the last one.
+    """
+    numbers: list[Row] = []
+    indices: dict[Any, int] = {}
+    tables: dict[Any, list[int]] = {}
+    for item, second, scale in works:
+        param, _, buffers, remainder, step, settings = item
+        key = (id(settings), step, scale)
+        index = indices.get(key)
+        if index is None:
+            index = indices[key] = len(numbers)
+            made = row(rule, settings, step, scale)
+            numbers.append(made if rule is not None else made._replace(grad_scale=1.0))  # a direction is as it is
+        states = tuple(t.dtype for t in buffers)
+        table = tables.setdefault((param.dtype, second.dtype, states, remainder is not None), [0])
+        numel, chunks = param.numel(), table[-1]
+        table += (
+            param.data_ptr(),
+            second.data_ptr(),
+            buffers[0].data_ptr() if buffers else 0,
+            buffers[1].data_ptr() if len(buffers) > 1 else 0,
+            remainder.data_ptr() if remainder is not None else 0,
+            numel,
+            index,
+            chunks + (numel + CHUNK - 1) // CHUNK,
+        )
+        if count is not None and numbers[index].decays:
+            count.total += numel
+    rows = array("f", (number for made in numbers for number in made))
+    for (param, second, states, split), table in tables.items():
+        tensors = array("q", table[1:])
+        job = _Job(
+            op if states or op == FLOOR else APPLY,  # without a buffer the direction is the gradient
+            MASTER if split else DTYPES[param],
+            DTYPES[second],
+            *([DTYPES[t] for t in states] + [0, 0])[:2],
+            count is not None,
+            _level() if level < 0 else level,
+            len(tensors) // 8,
+            tensors.buffer_info()[0],
+            rows.buffer_info()[0],
+        )
+        _load().cwd_run(ctypes.byref(job), None if threads() == 1 else _openmp(), threads())
+        if count is not None:
+            count.decayed = count.decayed + job.counted

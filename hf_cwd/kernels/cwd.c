@@ -1,0 +1,203 @@
+/* The fused CPU kernel: one pass over memory a step. Plain C11, called through ctypes; kernels/c.py is its only caller.
+ *
+ * All arithmetic is fp32. A fused multiply-add is written fmaf and nothing else is contracted (-ffp-contract=off), so
+ * every instruction set, vector width and number of threads gives the same bits.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR }; /* FLOOR: the memory traffic of the others, no arithmetic */
+enum { F32, BF16, F16, MASTER };                          /* MASTER: bf16 and an int16 remainder, an fp32 together */
+
+/* Elements that a thread takes at a time: a multiple of every vector's length, so that where chunks are cut changes
+ * nothing; see kernels/c.py, which cuts them. */
+#define CHUNK 32768
+#define STAGE 1024 /* elements of a block that is widened to fp32 first: four such blocks stay in a level 1 cache */
+
+/* kernels/base.py has the meaning of each; the order is its own. */
+typedef struct {
+    float grad_scale, first_weight, first_far, second_weight, second_far, keep, take, root_scale, eps, direction_scale,
+        opposed, aligned, neither, decays, rate, form;
+} Row;
+
+/* One parameter. x: parameter, or the output of DIRECTIONS; g: gradient, or the direction of APPLY; m, v: states. */
+typedef struct {
+    char *x, *g, *m, *v, *remainder;
+    int64_t numel, row, chunks; /* chunks: of this tensor and all before it */
+} Tensor;
+
+typedef struct {
+    int op, x, g, m, v, count, level; /* x, g, m, v: dtypes */
+    int64_t tensors;
+    const Tensor *tensor;
+    const Row *rows;
+    int64_t next, counted; /* shared by the threads, zero at first */
+} Job;
+
+/* ---- numbers ---- */
+
+ALWAYS_INLINE uint32_t bits(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return word;
+}
+
+ALWAYS_INLINE float number(uint32_t word) {
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+ALWAYS_INLINE float from_half(uint16_t half) {
+    uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
+    float finite = number(magnitude) * 0x1p112f; /* exact, subnormal halves too */
+    uint32_t word = magnitude < 0x0f800000 ? bits(finite) : magnitude | 0x7f800000;
+    return number(word | (uint32_t)(half & 0x8000) << 16);
+}
+
+ALWAYS_INLINE uint16_t to_half(float value) {
+    uint32_t magnitude = bits(value) & 0x7fffffff, sign = bits(value) >> 16 & 0x8000;
+    uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    uint32_t subnormal = bits(number(magnitude) + 0.5f) - bits(0.5f); /* one ulp of 1/2 is the least half */
+    uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    uint32_t word = magnitude < 0x38800000 ? subnormal : magnitude < 0x477ff000 ? normal : special;
+    return (uint16_t)(word | sign);
+}
+
+ALWAYS_INLINE uint16_t to_bfloat(float value) {
+    uint32_t word = bits(value);
+    return value != value ? 0x7fc0 : (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+ALWAYS_INLINE float load(int dtype, const char *from, const char *remainder, int64_t i) {
+    const uint16_t *half = (const uint16_t *)from;
+    switch (dtype) {
+    case F32: return ((const float *)from)[i];
+    case F16: return from_half(half[i]);
+    case BF16: return number((uint32_t)half[i] << 16);
+    default: return number(((uint32_t)half[i] << 16) + (uint32_t)(int32_t)((const int16_t *)remainder)[i]);
+    }
+}
+
+ALWAYS_INLINE void store(int dtype, char *to, char *remainder, int64_t i, float value) {
+    uint16_t *half = (uint16_t *)to;
+    switch (dtype) {
+    case F32: ((float *)to)[i] = value; return;
+    case F16: half[i] = to_half(value); return;
+    case BF16: half[i] = to_bfloat(value); return;
+    default: {
+        uint32_t word = value != value ? 0x7fc00000 : bits(value);
+        uint32_t upper = (word + 0x8000) >> 16; /* half up in magnitude: what is missing then fits an int16 */
+        half[i] = (uint16_t)upper;
+        ((int16_t *)remainder)[i] = (int16_t)(word - (upper << 16));
+    }
+    }
+}
+
+/* ---- rules: kernels/eager.py and rules/ are the specification ---- */
+
+ALWAYS_INLINE float lerp(float s, float e, float weight, float far) {
+    return fmaf(weight, e - s, far != 0 ? e : s);
+}
+
+ALWAYS_INLINE float adamw(const Row *r, float g, float *m, float *v) {
+    *m = lerp(*m, g, r->first_weight, r->first_far);
+    *v = fmaf(r->take * g, g, r->keep * *v);
+    return *m / (sqrtf(*v) * r->root_scale + r->eps) * r->direction_scale;
+}
+
+ALWAYS_INLINE float lion(const Row *r, float g, float *m) {
+    float c = lerp(*m, g, r->first_weight, r->first_far);
+    *m = lerp(*m, g, r->second_weight, r->second_far);
+    return (float)((c > 0) - (c < 0));
+}
+
+/* All forms are computed, and one is selected: that costs less than the loops would. */
+ALWAYS_INLINE float momentum(const Row *r, float g, float *m) {
+    int form = (int)r->form, kind = form & 3, nesterov = form & 4;
+    float sgd = fmaf(r->take, g, r->keep * *m), average = lerp(*m, g, r->first_weight, r->first_far);
+    *m = kind == 1 ? g : kind == 2 ? sgd : average;
+    float ahead = fmaf(r->keep, *m, g), average_ahead = lerp(g, *m, r->second_weight, r->second_far);
+    return nesterov ? (kind == 3 ? average_ahead : ahead) : *m;
+}
+
+/* THE mask, in this language: signs of u and x, never their product. Then the decay, then the update. */
+ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
+    int differ = (int32_t)(bits(u) ^ bits(x)) < 0, both = (fabsf(u) > 0) & (fabsf(x) > 0);
+    float coefficient = both ? (differ ? r->opposed : r->aligned) : r->neither;
+    *decayed += (r->decays != 0) & (bits(coefficient) != 0x80000000);
+    return fmaf(r->rate, u, r->decays != 0 ? fmaf(coefficient, x, x) : x);
+}
+
+/* ---- loops, compiled for each instruction set ---- */
+
+typedef int32_t Run(const Job *, const Tensor *, int64_t, int64_t);
+
+#define LEVEL(name) name##_baseline
+#define TARGET
+#include "cwd_loops.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#undef LEVEL
+#undef TARGET
+#define LEVEL(name) name##_v3
+#define TARGET __attribute__((target("avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")))
+#include "cwd_loops.h"
+
+#undef LEVEL
+#undef TARGET
+#define LEVEL(name) name##_v4
+#define TARGET __attribute__((target("avx2,bmi,bmi2,f16c,fma,lzcnt,movbe,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
+#include "cwd_loops.h"
+
+static Run *const RUN[] = {run_baseline, run_v3, run_v4};
+
+/* The highest level that this processor has; -1 if it has no fused multiply-add, and fmaf is a slow function. */
+int cwd_level(void) {
+    __builtin_cpu_init();
+    int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    int v4 = v3 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+    return v4 ? 2 : v3 ? 1 : -1;
+}
+#else
+static Run *const RUN[] = {run_baseline};
+
+int cwd_level(void) {
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+    return 0;
+#else
+    return -1;
+#endif
+}
+#endif
+
+/* ---- threads ---- */
+
+/* What each thread does: takes chunks while there are any. No chunk depends on who takes it. */
+static void work(void *argument) {
+    Job *job = argument;
+    const Tensor *tensor = job->tensor;
+    int64_t counted = 0, all = tensor[job->tensors - 1].chunks;
+    for (int64_t t = 0;;) {
+        int64_t chunk = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        if (chunk >= all) break;
+        while (tensor[t].chunks <= chunk) t++;
+        int64_t at = (chunk - (t ? tensor[t - 1].chunks : 0)) * CHUNK, rest = tensor[t].numel - at;
+        counted += RUN[job->level](job, &tensor[t], at, rest < CHUNK ? rest : CHUNK);
+    }
+    __atomic_fetch_add(&job->counted, counted, __ATOMIC_RELAXED);
+}
+
+/* Runs a job. team: GOMP_parallel of the OpenMP runtime that the process already has, so that there are not two whose
+ * threads wait for each other's cores; NULL: this thread alone. */
+void cwd_run(Job *job, void (*team)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
+    int64_t chunks = job->tensors ? job->tensor[job->tensors - 1].chunks : 0;
+    if (team && threads > 1 && chunks > 1)
+        team(work, job, threads, 0);
+    else if (chunks)
+        work(job);
+}

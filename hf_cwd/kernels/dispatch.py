@@ -1,0 +1,144 @@
+"""Which kernel steps which tensors: the one asked for, or with ``"auto"`` the fastest that takes them."""
+
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels import c, eager, triton
+from hf_cwd.kernels.base import Item
+from hf_cwd.rules.base import Rule
+
+KERNELS: dict[str, ModuleType] = {"eager": eager, "c": c, "triton": triton}
+FASTEST = {"cpu": "c", "cuda": "triton", "xpu": "triton"}
+
+_logger = logging.getLogger("hf_cwd")
+
+
+def select(name: str, device: torch.device) -> ModuleType:
+    """The kernel for a group's ``kernel`` key on a device; ``"auto"`` is the fastest that runs there.
+
+    Raises:
+        ValueError: the named kernel cannot run there, with the reason.
+    """
+    wanted = FASTEST.get(device.type, "eager") if name == "auto" else name
+    reason = unavailable(wanted, device)
+    if reason is None:
+        return KERNELS[wanted]
+    if name != "auto":
+        raise ValueError(f"kernel={name!r} cannot run on {device.type}: {reason}. Leave kernel at 'auto', or mend that")
+    _warn_once(f"the {wanted} kernel is not available ({reason}): the eager one takes its place, and is slower")
+    return eager
+
+
+@functools.cache
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why a kernel cannot run on a device; None if it can."""
+    return None if name == "eager" else KERNELS[name].unavailable(device)
+
+
+def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+    """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`; each item by its kernel."""
+    for kernel, some in _by_kernel(rule, items, map(_flat, items)).items():
+        kernel.update(rule, [item for _, item in some], count, cache)
+
+
+def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+    """The directions before the matrix stage, in the order of the items."""
+    found: dict[int, Tensor] = {}
+    for kernel, some in _by_kernel(rule, items, items, dtype).items():
+        new = kernel.directions(rule, [item for _, item in some], dtype, cache)
+        found.update(zip([position for position, _ in some], new, strict=True))
+    return [found[position] for position in range(len(items))]
+
+
+def apply(
+    items: Sequence[Item],
+    directions: Sequence[Tensor],
+    scales: Sequence[float],
+    count: DecayCount | None,
+    cache: dict[Any, Any],
+) -> None:
+    """Decay, and apply directions that are known and contiguous."""
+    known = [item._replace(grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
+    for kernel, some in _by_kernel(None, items, known).items():
+        chosen = [position for position, _ in some]
+        kernel.apply(
+            [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], count, cache
+        )
+
+
+def _by_kernel(
+    rule: Rule | None, items: Sequence[Item], flat: Iterable[Item], *out: torch.dtype
+) -> dict[ModuleType, list[tuple[int, Item]]]:
+    """Items and their positions by kernel."""
+    found: dict[ModuleType, list[tuple[int, Item]]] = {}
+    for position, (item, item_flat) in enumerate(zip(items, flat, strict=True)):
+        tensors = (item_flat.param, item_flat.grad, *item_flat.buffers)
+        dtypes = (*(t.dtype for t in tensors), *out)
+        kernel = _kernel(item.settings.kernel, item.param.device, rule, dtypes)
+        if item.settings.capturable and kernel is not triton:
+            raise ValueError(
+                f"capturable=True needs the triton kernel, which does not step a parameter of {item.param.dtype} on "
+                f"{item.param.device} here. Leave capturable out"
+            )
+        if kernel is not eager and not all(t.is_contiguous() for t in tensors):
+            if item.settings.kernel != "auto":
+                raise ValueError(
+                    f"kernel={item.settings.kernel!r} takes parameters, gradients and states that lie alike and "
+                    f"without gaps in memory, unlike one of shape {tuple(item.param.shape)} and strides "
+                    f"{item.param.stride()}. Use kernel='auto'"
+                )
+            kernel, item_flat = eager, item
+        found.setdefault(kernel, []).append((position, item_flat))
+    return found
+
+
+@functools.cache
+def _kernel(name: str, device: torch.device, rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
+    kernel = select(name, device)
+    reason = kernel.refusal(rule, dtypes)
+    if reason is None:
+        return kernel
+    if name != "auto":
+        raise ValueError(f"kernel={name!r} does not take {reason}. Use kernel='auto'")
+    _logger.info("kernel=auto: the eager kernel steps %s", reason)
+    return eager
+
+
+def _flat(item: Item) -> Item:
+    """An item whose tensors lie alike in memory, but not in the order of their dimensions, as flat ones.
+
+    That is what memory_format=channels_last makes of a convolution. A gradient that lies otherwise is copied.
+    """
+    param, grad = item.param, item.grad
+    if param.is_contiguous() and grad.is_contiguous():
+        return item
+    states = [*item.buffers, *([] if item.remainder is None else [item.remainder])]
+    if not _is_dense(param) or any(t.stride() != param.stride() for t in states):
+        return item
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    param, grad, *states = (t.as_strided((t.numel(),), (1,)) for t in (param, grad, *states))
+    buffers, rest = tuple(states[: len(item.buffers)]), states[len(item.buffers) :]
+    return item._replace(param=param, grad=grad, buffers=buffers, remainder=rest[0] if rest else None)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, each place once, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)

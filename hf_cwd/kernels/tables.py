@@ -1,0 +1,224 @@
+"""What the Triton kernels find on the device: one table of addresses, lengths and rows for all tensors of a call.
+
+A table stays as long as the tensors' dtypes, lengths and alignments do. What has changed since the last step, the
+rows and the addresses of gradients as a rule, is written into a copy on the host, which then travels at once.
+"""
+
+from bisect import bisect_right
+from collections.abc import Hashable, Sequence
+from copy import copy
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_cwd.kernels import base
+from hf_cwd.kernels.base import Item
+from hf_cwd.rules.base import Rule
+
+# As in triton_ops.py, which is not imported here since it needs Triton.
+WORDS, LENGTH, ROW, FIELDS, SOURCES = 8, 6, 7, 16, 8
+ALIGNMENT = 16  # bytes
+
+# Tables that are kept for each operation: a tensor without a gradient now and then changes the layout and back.
+KEPT = 8
+
+
+class Rows(NamedTuple):
+    """The rows of a call.
+
+    Attributes:
+        rows: each different one once.
+        places: the number of each item's row.
+        sources, numbers: three and five words for each row if any of them is computed on the device, else empty; see
+            :func:`hf_cwd.kernels.triton_ops.fill_rows`. ``rows`` holds templates then.
+    """
+
+    rows: list[base.Row]
+    places: list[int]
+    sources: list[tuple[int, int, int]]
+    numbers: list[tuple[float, ...]]
+
+
+def rows(rule: Rule | None, items: Sequence[Item], scales: Sequence[float]) -> Rows:
+    """The rows of items, ``rule`` None: to decay and apply."""
+    found: dict[Hashable, int] = {}
+    places, keys = [], []
+    for item, scale in zip(items, scales, strict=True):
+        # Tensors are hashed by identity, and not compared.
+        key = (item.settings, item.step if rule is not None else 1, scale)
+        place = found.setdefault(key, len(found))
+        if place == len(keys):
+            keys.append(key)
+        places.append(place)
+    if not any(isinstance(step, Tensor) or isinstance(settings.lr, Tensor) for settings, step, _ in keys):
+        return Rows([base.row(rule, *key) for key in keys], places, [], [])
+    templates, sources, numbers = zip(*(_computed(rule, *key) for key in keys), strict=True)
+    return Rows(list(templates), places, list(sources), list(numbers))
+
+
+def _computed(
+    rule: Rule | None, settings: base.Settings, step: int | Tensor, scale: float
+) -> tuple[base.Row, tuple[int, int, int], tuple[float, ...]]:
+    """A row's template and where its step and its learning rate are found."""
+    step_at, lr_at, kind, lr = 0, 0, 0, settings.lr
+    if isinstance(step, Tensor):
+        step_at, step = step.data_ptr(), 2
+    if isinstance(lr, Tensor):
+        kind = {torch.float32: 1, torch.float64: 2}.get(lr.dtype, 0)
+        if kind == 0:
+            raise ValueError(f"lr is a tensor of {lr.dtype} on the device: use float32")
+        lr_at, lr = lr.data_ptr(), 0.0
+    elif step_at == 0:
+        return base.row(rule, settings, step, scale), (0, -1, 0), (0.0,) * 5
+    decay = settings.weight_decay
+    template = base.row(rule, settings._replace(lr=1.0, weight_decay=float(decay != 0)), step)
+    betas = dict(settings.hyper).get("betas", (0.0, 0.0))
+    return template, (step_at, kind, lr_at), (lr, scale, decay, *betas)
+
+
+class Launch(NamedTuple):
+    """The tensors of a call that one launch steps.
+
+    Attributes:
+        dtypes: of one item's tensors.
+        aligned: whether all addresses are multiples of 16.
+        tensors: their words.
+        places: int32 (chunks, 2): a tensor, and a chunk of it.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    aligned: bool
+    tensors: Tensor
+    places: Tensor
+
+
+class Table:
+    """The table of one layout: what does not change in it, and the ways to what does."""
+
+    def __init__(
+        self, tasks: Sequence[Sequence[Tensor]], misaligned: Sequence[int], *, block: int, computed: bool
+    ) -> None:
+        count, self.device = len(tasks), tasks[0][0].device
+        starts = [0, *accumulate(len(task) for task in tasks)]
+        odd = {bisect_right(starts, place) - 1 for place in misaligned}
+        groups: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
+        for number, task in enumerate(tasks):
+            groups.setdefault((tuple(t.dtype for t in task), number not in odd), []).append(number)
+
+        order = [number for members in groups.values() for number in members]
+        lengths = torch.tensor([tasks[number][0].numel() for number in order])
+        self._order = torch.tensor(order)
+        # Where the words of addresses are, and which of the call's addresses belong there.
+        words = [(place, j) for place, number in enumerate(order) for j in range(len(tasks[number]))]
+        self._targets = torch.tensor([place * WORDS + j for place, j in words])
+        self._origins = torch.tensor([starts[order[place]] + j for place, j in words])
+
+        self._groups, self._sizes = list(groups), [len(members) for members in groups.values()]
+        self._places = [self._sent(_places(part, block)) for part in lengths.split(self._sizes)]
+        self._ends = [count * WORDS, count * (WORDS + FIELDS // 2), count * (WORDS + FIELDS // 2 + SOURCES * computed)]
+        self.host = torch.zeros(self._ends[-1], dtype=torch.int64)
+        self.host[: self._ends[0]].view(-1, WORDS)[:, LENGTH] = lengths
+        self._spare: Tensor | None = None
+        self._is_captured = False
+        self._on_device()
+
+    def _on_device(self) -> None:
+        first, second, end = self._ends
+        self.words = torch.empty(end, dtype=torch.int64, device=self.device)
+        self._addresses: list[int] | None = None
+        self._known: Rows | None = None
+        self.sources = self.words[second:]
+        self.numbers = self.sources.view(torch.float64)
+        self.templates = self.rows = self.words[first:second].view(torch.float32)
+        if end > second:
+            self.rows = torch.empty_like(self.rows)
+        parts = self.words[:first].view(-1, WORDS).split(self._sizes)
+        self.launches = [
+            Launch(*group, tensors, places)
+            for group, tensors, places in zip(self._groups, parts, self._places, strict=True)
+            if len(places)
+        ]
+
+    def write(self, addresses: list[int], new: Rows) -> None:
+        """Brings the table up to date, if something changed."""
+        if addresses == self._addresses and new == self._known:
+            return
+        first, second, _ = self._ends
+        if addresses != self._addresses:
+            self.host[self._targets] = torch.tensor(addresses)[self._origins]
+        if new != self._known:
+            self.host[:first].view(-1, WORDS)[:, ROW] = torch.tensor(new.places)[self._order]
+            rows = torch.tensor(new.rows, dtype=torch.float32)
+            self.host[first:second].view(torch.float32).view(-1, FIELDS)[: len(rows)] = rows
+        if new.sources:
+            sources = self.host[second:].view(-1, SOURCES)[: len(new.sources)]
+            sources[:, :3] = torch.tensor(new.sources)
+            sources[:, 3:] = torch.tensor(new.numbers, dtype=torch.float64).view(torch.int64)
+        self._addresses, self._known = addresses, new
+        fresh = self.device.type != "cpu" and not self._is_captured
+        self.words.copy_(self._pinned() if fresh else self.host, non_blocking=True)
+
+    def _pinned(self) -> Tensor:
+        """A pinned copy of the host's table.
+
+        A new one each time: the allocator gives memory again only after the copy to the device has been made.
+        """
+        return torch.empty(self.host.shape, dtype=torch.int64, pin_memory=True).copy_(self.host)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def captured(self) -> "Table":
+        """A table for a step that is being captured into a CUDA graph.
+
+        Its replays copy from the same host memory to the same place on the device, so both belong to it alone.
+        """
+        table = copy(self)
+        table.host = self._pinned() if self._spare is None else self._spare.copy_(self.host)
+        self._spare, table._is_captured = None, True
+        table._on_device()
+        return table
+
+    def keep_spare(self) -> None:
+        """Pinned memory cannot be had while a graph is being captured."""
+        if self._spare is None and self.device.type != "cpu":
+            self._spare = self._pinned()
+
+
+def _places(lengths: Tensor, block: int) -> Tensor:
+    chunks = (lengths + block - 1) // block
+    tensor = torch.arange(len(lengths)).repeat_interleave(chunks)
+    first = (chunks.cumsum(0) - chunks)[tensor]
+    return torch.stack([tensor, torch.arange(len(tensor)) - first], 1).to(torch.int32)
+
+
+class Tables:
+    """The tables of one operation of one optimizer."""
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, Table] = {}
+        self._captured: list[Table] = []  # for as long as the graphs may be replayed
+
+    def written(self, tasks: Sequence[Sequence[Tensor]], new: Rows, *, block: int, capturing: bool) -> Table:
+        """The table for these tensors. Addresses are read anew: a tensor's memory may have been swapped."""
+        tensors = [t for task in tasks for t in task]
+        addresses = [t.data_ptr() for t in tensors]
+        misaligned = tuple(place for place, address in enumerate(addresses) if address % ALIGNMENT)
+        key = (
+            *(tuple(t.dtype for t in tensors), tuple(map(len, tasks)), tuple(task[0].numel() for task in tasks)),
+            *(misaligned, bool(new.sources), block),
+        )
+        table = self._tables.get(key)
+        if table is None:
+            if len(self._tables) >= KEPT:
+                del self._tables[next(iter(self._tables))]
+            table = self._tables[key] = Table(tasks, misaligned, block=block, computed=bool(new.sources))
+        if capturing:
+            table = table.captured()
+            self._captured.append(table)
+        elif new.sources:
+            table.keep_spare()
+        table.write(addresses, new)
+        return table

@@ -1,0 +1,176 @@
+"""Fused kernels for GPUs, in Triton: one launch steps all tensors of one combination of dtypes, whatever their groups.
+
+Nothing here waits for the device, nothing is compiled again when a hyper-parameter changes, and while only rows or
+gradients move, one small copy a step goes to the device. A twin of :mod:`hf_cwd.kernels.eager`, see
+:class:`hf_cwd.kernels.base.Row`; with ``TRITON_INTERPRET=1`` it also runs on a CPU, for tests.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels import tables
+from hf_cwd.kernels.base import Item
+from hf_cwd.rules import adamw, lion, muon, sgd
+from hf_cwd.rules.base import Rule
+
+# Elements of a chunk, warps of a program; programs for each multiprocessor, or None: one for each chunk.
+BLOCK = 2048
+WARPS = 8
+PROGRAMS: int | None = None
+
+OLDEST = (3, 2)  # of Triton
+CAPABILITY = (8, 0)  # the least that Triton supports of NVIDIA's
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+OPERATIONS = {adamw.direction: "adamw", lion.direction: "lion", sgd.direction: "momentum", muon.direction: "momentum"}
+STATES = {adamw.direction: 2, lion.direction: 1, sgd.direction: 1, muon.direction: 1}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these kernels cannot run on a device; None if they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return "the Triton kernels are for CUDA and ROCm devices"
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"Triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "Triton needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What of a rule or of these dtypes cannot be taken, see :class:`hf_cwd.kernels.base.Kernel`."""
+    if rule is not None and rule.direction not in OPERATIONS:
+        return f"the rule {rule.name}, which has no fused form"
+    param, grad, *others = dtypes
+    states = others if rule is None else others[: STATES[rule.direction]]
+    kinds = [("parameters", param), ("gradients" if rule is not None else "directions", grad)]
+    kinds += [("states", dtype) for dtype in states] + [("directions", dtype) for dtype in others[len(states) :]]
+    for name, dtype in kinds:
+        if dtype not in NUMBERS:
+            return f"{str(dtype).removeprefix('torch.')} {name}"
+    return "states of different dtypes" if len(set(states)) > 1 else None
+
+
+def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+    """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
+    tasks = [_task(item, item.param, item.grad, *item.buffers) for item in items]
+    _run(OPERATIONS[rule.direction], rule, items, tasks, [1.0] * len(items), count, cache)
+
+
+def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+    """The directions before the matrix stage, see :class:`hf_cwd.kernels.base.Kernel`."""
+    found = [torch.empty(item.grad.shape, dtype=dtype, device=item.grad.device) for item in items]
+    tasks = [(u, item.grad, *item.buffers) for u, item in zip(found, items, strict=True)]
+    _run("directions", rule, items, tasks, [1.0] * len(items), None, cache)
+    return found
+
+
+def apply(
+    items: Sequence[Item],
+    directions: Sequence[Tensor],
+    scales: Sequence[float],
+    count: DecayCount | None,
+    cache: dict[Any, Any],
+) -> None:
+    """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.base.Kernel`."""
+    tasks = [_task(item, item.param, u) for item, u in zip(items, directions, strict=True)]
+    _run("apply", None, items, tasks, scales, count, cache)
+
+
+def _task(item: Item, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if item.remainder is None else (*tensors, item.remainder)
+
+
+def _run(
+    operation: str,
+    rule: Rule | None,
+    items: Sequence[Item],
+    tasks: Sequence[tuple[Tensor, ...]],
+    scales: Sequence[float],
+    count: DecayCount | None,
+    cache: dict[Any, Any],
+) -> None:
+    """Launches an operation on all tasks: x (or the output), the gradient (or the direction), states, remainder."""
+    if not items:
+        return
+    device = tasks[0][0].device
+    own = cache.setdefault(("triton", operation, device), tables.Tables())
+    with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        new = tables.rows(rule, items, scales)
+        table = own.written(tasks, new, block=BLOCK, capturing=capturing)
+        if new.sources:
+            kernels().fill_rows[(len(new.rows),)](table.sources, table.numbers, table.templates, table.rows, **_EXACT)
+        counter = None if count is None else torch.zeros((), dtype=torch.int64, device=device)
+        for launch in table.launches:
+            _launch(operation, launch, table.rows, counter)
+    if count is not None:
+        count.decayed = count.decayed + counter
+        count.total += sum(item.param.numel() for item in items if item.settings.weight_decay != 0)
+
+
+# No contraction of a product and a sum: where one is meant the kernels say so.
+_EXACT = {"enable_fp_fusion": False}
+
+
+def _launch(operation: str, launch: tables.Launch, rows: Tensor, counter: Tensor | None) -> None:
+    x, g, *states = launch.dtypes
+    remainder = torch.int16 in states
+    states = states[: len(states) - remainder]
+    chunks = len(launch.places)
+    programs = chunks if PROGRAMS is None else min(chunks, PROGRAMS * _multiprocessors(rows.device))
+    kernels().walk[(programs,)](
+        *(launch.tensors, launch.places, chunks, rows, counter),
+        OP=operation,
+        X=_type(torch.int16 if remainder else x),
+        G=_type(g),
+        S=_type(states[0] if states else x),
+        STATES=len(states),
+        REMAINDER=remainder,
+        COUNT=counter is not None,
+        VECTOR=vector(launch.dtypes) if launch.aligned else 1,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        **_EXACT,
+    )
+
+
+def vector(dtypes: Sequence[torch.dtype]) -> int:
+    """How many elements fill 16 bytes of the widest dtype.
+
+    A thread then has the same elements of all tensors. With 16 bytes of each, what it has of bfloat16 tensors would
+    have to be exchanged with other threads to meet float32 ones.
+    """
+    return tables.ALIGNMENT // max(dtype.itemsize for dtype in dtypes)
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The module of the kernels themselves. It imports Triton, and so is imported when they are needed."""
+    from hf_cwd.kernels import triton_ops
+
+    return triton_ops
+
+
+@functools.cache
+def _type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

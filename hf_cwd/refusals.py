@@ -1,0 +1,68 @@
+"""What the optimizer refuses, in words: arguments, parameters and gradients that cannot be stepped."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cwd.matrices import Layout
+
+
+def check_layout(layout: Any, name: str, p: Tensor) -> None:
+    try:
+        Layout(**layout).check(p.shape)  # TypeError: no dict, or a key that a Layout has not
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
+
+
+def refuse_torch_kernels(options: dict[str, Any]) -> None:
+    """Takes torch.optim's choice of implementation out of ``options``; False and None ask for nothing."""
+    instead = {
+        "fused": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
+        "foreach": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
+        "differentiable": "step() runs without gradients",
+    }
+    for name, reason in instead.items():
+        if options.pop(name, None):
+            raise ValueError(f"{name}=True is not supported: {reason}. Leave {name} out")
+
+
+def problem(p: Tensor, needs_matrices: bool) -> str | None:
+    """Why a parameter cannot be stepped, if so."""
+    if needs_matrices and p.ndim < 2:
+        return (
+            "was a matrix when the optimizer was made and has been flattened since (FSDP version 1, DeepSpeed ZeRO): "
+            "its rule needs whole matrices. Use FSDP with fsdp_version: 2, or an element-wise rule such as cwd_adamw"
+        )
+    if p.grad is None:
+        return None
+    if p.grad.layout != torch.strided:
+        return (
+            "has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
+            "decayed too. Use sparse=False in nn.Embedding"
+        )
+    if p.grad.is_complex():
+        return "has a complex gradient: a sign is defined for real numbers only"
+    if p.grad.is_meta:
+        return "has a gradient on the meta device, which holds no numbers: materialise the model"
+    return None
+
+
+def check_masters(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where ``master="remainder"`` is asked for and there is nothing to keep a master of.
+
+    Called with the parameters that are given, and before the first step with those that are there then: FSDP2 under
+    mixed precision has replaced bfloat16 ones by its own fp32 masters.
+    """
+    asked = [p for group in groups if group["master"] == "remainder" for p in group["params"]]
+    dtypes = {p.dtype for p in asked}
+    if torch.float16 in dtypes:
+        raise ValueError("master='remainder' keeps fp32 masters of bfloat16 parameters, and some are float16")
+    if asked and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            "master='remainder' keeps what bfloat16 parameters lack of their fp32 masters, and the optimizer's are "
+            f"{' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}. --bf16 (autocast) and "
+            "mixed precision of FSDP2 or DeepSpeed give the optimizer fp32 masters already: leave master out there, or "
+            "load the model in bfloat16 (--dtype bfloat16, from_pretrained(dtype=torch.bfloat16)) without them"
+        )

@@ -1,0 +1,185 @@
+"""One truth for all kernels: runs them over the table, and describes everything that is not as it must be.
+
+Nothing here needs pytest: scripts/gpu_check runs the same table on a GPU.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels import base
+from hf_cwd.rules import RULES
+from tests.kernels.table import APPLY, Case, Parameter, at_call, cases
+from tests.reference.arithmetic import Result, Stored
+
+__all__ = ["cases", "run"]
+
+Array = np.ndarray
+TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int16": torch.int16}
+NAMES = {dtype: name for name, dtype in TORCH.items()}
+INTEGERS = {4: torch.int32, 2: torch.int16}
+GUARD = 16  # elements before and after a tensor that nobody may touch
+SHOWN = 3  # elements described of those that are wrong
+
+
+def run(kernel: Any, device: str, chosen: Iterable[Case], *, eager: bool = False) -> dict[str, list[str]]:
+    """Runs a kernel over cases.
+
+    Args:
+        kernel: a module or an object with the operations of :class:`hf_cwd.kernels.base.Kernel`.
+        eager: it is made of torch's own operations. torch's square root on a CPU is one unit off in every sixth
+            element, so that it is given to the reference; and with a beta of 0 torch's lerp gives the last elements
+            of a tensor a zero of the other sign, which is not looked at.
+
+    Returns:
+        What is wrong, by the name of the case; an empty list where all is well.
+    """
+    cache: dict[Any, Any] = {}  # one optimizer's: from case to case its tensors, settings and steps change
+    return {case.name: _problems(kernel, device, case, cache, eager) for case in chosen}
+
+
+def torch_root(v: Array) -> Array:
+    return torch.from_numpy(v).sqrt().numpy()
+
+
+class _Placed(NamedTuple):
+    """A tensor in a larger one, whose other elements are watched."""
+
+    whole: Tensor
+    start: int
+    numel: int
+
+    @classmethod
+    def of(cls, bits: Array, dtype: str, device: str, offset: int) -> "_Placed":
+        start = GUARD + offset
+        filled = np.full(start + len(bits) + GUARD, 0x5A5A, bits.dtype)
+        filled[start : start + len(bits)] = bits
+        integers = torch.empty(len(filled), dtype=INTEGERS[bits.itemsize], device=device)  # torch aligns, numpy may not
+        integers.copy_(torch.from_numpy(filled.view(f"i{bits.itemsize}")))
+        return cls(integers.view(TORCH[dtype]), start, len(bits))
+
+    @property
+    def view(self) -> Tensor:
+        return self.whole[self.start : self.start + self.numel]
+
+    def is_intact(self) -> bool:
+        bits = _bits(self.whole)
+        return bool((bits[: self.start] == 0x5A5A).all() and (bits[self.start + self.numel :] == 0x5A5A).all())
+
+
+def _bits(tensor: Tensor) -> Array:
+    size = tensor.element_size()
+    return tensor.detach().contiguous().view(INTEGERS[size]).cpu().numpy().view(f"u{size}")
+
+
+class _Tensors:
+    """Those of one parameter."""
+
+    def __init__(self, rule: str, parameter: Parameter, device: str, number: int) -> None:
+        numbers = parameter.numbers(rule)
+        offsets = (0,) * 5 if parameter.aligned else (number % 7, (2 * number + 1) % 8, *[(3 * number) % 5] * 3)
+
+        def place(stored: Stored, offset: int) -> _Placed:
+            return _Placed.of(stored.bits, stored.dtype, device, offset)
+
+        self.param, self.grad = place(numbers.param, offsets[0]), place(numbers.grad, offsets[1])
+        self.states = [place(state, offset) for state, offset in zip(numbers.states, offsets[2:], strict=False)]
+        self.remainder = None
+        if numbers.remainder is not None:
+            self.remainder = _Placed.of(numbers.remainder.view(np.uint16), "int16", device, offsets[4])
+        self.untouched = numbers
+
+    def item(self, rule: str, parameter: Parameter, call: int) -> base.Item:
+        chosen = at_call(parameter.settings, call)
+        named = ("lr", "weight_decay", "cautious", "mask", "maximize")
+        given = base.Settings(
+            **{name: getattr(chosen, name) for name in named},
+            **{"hyper": tuple(chosen.hyper.items()), "kernel": "auto", "capturable": False},
+        )
+        remainder = None if self.remainder is None else self.remainder.view
+        if rule == APPLY:  # the gradient is not looked at
+            return base.Item(self.param.view, torch.empty(0), (), remainder, chosen.step, given)
+        states = tuple(state.view for state in self.states)
+        return base.Item(self.param.view, self.grad.view, states, remainder, chosen.step, given)
+
+
+def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager: bool) -> list[str]:
+    rule = None if case.rule == APPLY else RULES[case.rule]
+    tensors = [_Tensors(case.rule, parameter, device, k) for k, parameter in enumerate(case.parameters)]
+    for one in tensors:
+        dtypes = [t.whole.dtype for t in (one.param, one.grad, *one.states)] + ([TORCH[case.out]] if case.out else [])
+        if reason := kernel.refusal(rule, tuple(dtypes)):
+            return [f"refused: {reason}"]
+    count = DecayCount() if case.counted else None
+    found: list[Tensor] = []
+    for call in range(case.calls):
+        if count is not None:
+            count.decayed, count.total = 0, 0
+        items = [one.item(case.rule, p, call) for one, p in zip(tensors, case.parameters, strict=True)]
+        try:
+            if rule is None:
+                scales = [parameter.settings.scale for parameter in case.parameters]
+                kernel.apply(items, [one.grad.view for one in tensors], scales, count, cache)
+            elif case.out is None:
+                kernel.update(rule, items, count, cache)
+            else:
+                found = kernel.directions(rule, items, TORCH[case.out], cache)
+        except Exception as error:  # a case that cannot run is a result, and the others still run
+            return [f"raised {type(error).__name__}: {error}"]
+    expected = case.expected(torch_root if eager else None)
+    problems = []
+    if case.out is not None and len(found) != len(items):
+        return [f"{len(found)} directions of {len(items)}"]
+    for k, (one, parameter, right) in enumerate(zip(tensors, case.parameters, expected, strict=True)):
+        hyper = parameter.settings.hyper
+        loose = eager and 0 in (hyper.get("momentum"), *hyper.get("betas", ()))
+        wrong = [*_compared(one, right, loose), *(_direction(found[k], case.out, right, loose) if case.out else ())]
+        problems += [f"parameter {k} ({parameter.dtypes}, {parameter.settings}): {text}" for text in wrong]
+    if count is not None:
+        right = (sum(result.decayed for result in expected), sum(result.total for result in expected))
+        if (int(count.decayed), count.total) != right:
+            problems.append(f"count is {int(count.decayed)} of {count.total}, not {right[0]} of {right[1]}")
+    return problems
+
+
+def _compared(one: _Tensors, right: Result, loose: bool) -> Iterable[str]:
+    before = one.untouched
+    places = {"param": one.param, "grad": one.grad, "remainder": one.remainder}
+    places |= {f"state {k}": state for k, state in enumerate(one.states)}
+    for name, place in places.items():
+        if place is not None and not place.is_intact():
+            yield f"wrote outside {name}"
+    if not np.array_equal(_bits(one.grad.view), before.grad.bits):
+        yield "grad has changed"
+    inputs = {"x": before.param, "g": before.grad} | {f"s{k}": state for k, state in enumerate(before.states)}
+    for k, (state, expected) in enumerate(zip(one.states, right.states, strict=True)):
+        yield from _different(f"state {k}", Stored(expected.dtype, _bits(state.view)), expected, inputs, loose)
+    param = Stored(right.param.dtype, _bits(one.param.view))
+    yield from _different("param", param, right.param, inputs, loose)
+    if one.remainder is not None:
+        lower = _bits(one.remainder.view).view(np.int16)
+        for k in np.flatnonzero(lower != right.remainder)[:SHOWN]:
+            yield f"remainder[{k}] is {lower[k]}, not {right.remainder[k]} {_described(inputs, k)}"
+
+
+def _direction(found: Tensor, out: str, right: Result, loose: bool) -> Iterable[str]:
+    if found.dtype != TORCH[out] or not found.is_contiguous() or found.numel() != len(right.u):
+        yield f"direction is {found.dtype} {tuple(found.shape)}, not {len(right.u)} of {out}"
+    else:
+        yield from _different("direction", Stored(out, _bits(found).ravel()), Stored.of(right.u, out), {}, loose)
+
+
+def _different(name: str, found: Stored, right: Stored, inputs: dict[str, Stored], loose: bool) -> Iterable[str]:
+    """Elements whose bits differ; any NaN is as good as another, and a zero too where ``loose``."""
+    same = (found.bits == right.bits) | (np.isnan(found.wide) & np.isnan(right.wide))
+    wrong = np.flatnonzero(~(same | (found.wide == right.wide)) if loose else ~same)
+    for k in wrong[:SHOWN]:
+        yield f"{name}[{k}] is {found.wide[k]!r}, not {right.wide[k]!r} {_described(inputs, k)}, {len(wrong)} such"
+
+
+def _described(inputs: dict[str, Stored], k: int) -> str:
+    return "of " + ", ".join(f"{name}={stored.wide[k]!r}" for name, stored in inputs.items())
