@@ -95,12 +95,13 @@ def step_(
         count: receives the number of decayed elements, when given.
     """
     if weight_decay != 0:
+        rate = 0.0 - lr * weight_decay  # the zero of the first step of a warm-up is then +0
         if cautious:
             decayed = cautious_mask(direction, param, mask=mask)
-            param.addcmul_(decayed, param, value=-lr * weight_decay)
+            param.addcmul_(decayed, param, value=rate)
         else:
             decayed = None
-            param.add_(param, alpha=-lr * weight_decay)
+            param.add_(param, alpha=rate)
         if count is not None:
             count.add(decayed, param.numel())
     param.add_(direction, alpha=-lr * scale)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hf_cwd import kernels
 from hf_cwd.decay import DecayCount
-from hf_cwd.kernels.base import Item
+from hf_cwd.kernels.base import Item, Settings
 from hf_cwd.kernels.eager import wide
 from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES, Rule
@@ -18,22 +19,24 @@ from hf_cwd.sharding.build import Source, build
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.sharding.stage import Stage
-from hf_cwd.states import Stepped, advance
+from hf_cwd.states import advance
 
 
 class Member(NamedTuple):
-    """A parameter of a matrix rule, with or without a gradient."""
+    """A parameter of a matrix rule, with or without a gradient, its group, and the group's settings in this step."""
 
-    stepped: Stepped
+    param: Tensor
+    group: Mapping[str, Any]
+    settings: Settings
     name: str
 
     @property
     def rule(self) -> Rule:
-        return RULES[self.stepped.group["algorithm"]]
+        return RULES[self.group["algorithm"]]
 
     @property
     def layout(self) -> Layout:
-        return Layout() if self.stepped.group["layout"] is None else Layout(**self.stepped.group["layout"])
+        return Layout() if self.group["layout"] is None else Layout(**self.group["layout"])
 
 
 class _Kind(NamedTuple):
@@ -98,8 +101,11 @@ class MatrixStep:
         items: dict[int, Item] = {}
 
         def directions(wanted: Sequence[int]) -> list[Tensor]:
-            found = advance(states, [members[i].stepped for i in wanted])
-            items.update(zip(wanted, found, strict=True))
+            for _, some in groupby(wanted, lambda i: id(members[i].group)):
+                some = list(some)
+                first = members[some[0]]
+                found = advance(states, [members[i].param for i in some], first.group, first.settings)
+                items.update(zip(some, found, strict=True))
             result: dict[int, Tensor] = {}
             for kind in dict.fromkeys(self._kinds[i] for i in wanted):
                 some = [i for i in wanted if self._kinds[i] == kind]
@@ -112,26 +118,25 @@ class MatrixStep:
             kernels.apply(some, found, [self._kinds[i].scale for i in wanted], count, self._caches[tuple(wanted)])
 
         self._prepare(members)
-        self.exchange.run([member.stepped.param.grad is not None for member in members], directions, apply, meanwhile)
+        self.exchange.run([member.param.grad is not None for member in members], directions, apply, meanwhile)
 
     def _prepare(self, members: Sequence[Member]) -> None:
         """Makes the exchange at the first step, since FSDP2 swaps parameters before it, and again after a change."""
-        stages = {id(m.stepped.group): Stage.of(m.rule.name, dict(m.stepped.settings.hyper)) for m in members}
-        made_for = [(id(m.stepped.param), m.layout, stages[id(m.stepped.group)]) for m in members]
+        stages = {id(m.group): Stage.of(m.rule.name, dict(m.settings.hyper)) for m in members}
+        made_for = [(id(m.param), m.layout, stages[id(m.group)]) for m in members]
         if made_for == self._made_for:
             return
         sources = []
         for member in members:
-            p, group, _ = member.stepped
-            dtype = wide(p.dtype)
-            sources.append(Source(p, member.name, member.layout, stages[id(group)], dtype))
+            direction, stage = wide(member.param.dtype), stages[id(member.group)]
+            sources.append(Source(member.param, member.name, member.layout, stage, direction))
         self.exchange = build(sources, share=self.share, exchange_bytes=self.exchange_bytes)
-        self._kinds = [_kind(member, stages[id(member.stepped.group)]) for member in members]
+        self._kinds = [_kind(member, stages[id(member.group)]) for member in members]
         self._caches.clear()
         self._made_for = made_for
 
 
 def _kind(member: Member, stage: Stage) -> _Kind:
-    p = member.stepped.param
+    p = member.param
     scale = stage.scale(tuple(p.shape)) if member.layout == Layout() else 1.0
     return _Kind(member.rule, stage.wire(wide(p.dtype), p.device.type), scale)

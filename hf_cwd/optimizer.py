@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hf_cwd import kernels, states
 from hf_cwd.decay import DecayCount
+from hf_cwd.kernels.base import Item
 from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.refusals import check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.state_dict import adopt, only_initialises, restore_dtypes
-from hf_cwd.states import Stepped
 
 
 class CommonOptions(TypedDict, total=False):
@@ -204,18 +204,18 @@ class CWDOptimizer(torch.optim.Optimizer):
             if _rule(group["algorithm"]).matrix is not None:
                 given = states.settings(group)
                 for position, p in enumerate(group["params"]):
-                    members.append(Member(Stepped(p, group, given), self._describe(number, position)))
+                    members.append(Member(p, group, given, self._describe(number, position)))
         return members
 
     def _step_elementwise(self) -> None:
-        by_rule: dict[Rule, list[Stepped]] = {}
+        by_rule: dict[Rule, list[Item]] = {}
         for group in self.param_groups:
             if (rule := _rule(group["algorithm"])).matrix is None:
-                given = states.settings(group)
-                found = (Stepped(p, group, given) for p in group["params"] if p.grad is not None)
-                by_rule.setdefault(rule, []).extend(found)
-        for rule, stepped in by_rule.items():
-            kernels.update(rule, states.advance(self.state, stepped), self.decay_count, self._cache)
+                params = [p for p in group["params"] if p.grad is not None]
+                items = states.advance(self.state, params, group, states.settings(group))
+                by_rule.setdefault(rule, []).extend(items)
+        for rule, items in by_rule.items():
+            kernels.update(rule, items, self.decay_count, self._cache)
 
     def _describe(self, number: int, position: int) -> str:
         """A parameter in words, with its name where the optimizer was given names."""

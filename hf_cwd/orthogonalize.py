@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ Triple = tuple[float, float, float]
 
 
 def _safe(*table: Triple, margin: float = 1.01) -> tuple[Triple, ...]:
-    """The polynomials of ``s / margin``: what rounding leaves above 1 cannot run away. The last one is left as it is."""
+    """The polynomials of ``s / margin``: what rounding leaves above 1 cannot run away. The last one is as it was."""
     return *((a / margin, b / margin**3, c / margin**5) for a, b, c in table[:-1]), table[-1]
 
 
@@ -22,7 +23,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # at zero, with singular values left in about [0.68, 1.14] instead of at 1.
     "quintic": ((3.4445, -4.7750, 2.0315),),
     # The Polar Express (arXiv 2505.16932, Algorithm 1): each polynomial is the best for what the ones before it leave
-    # of [0.001, 1]. Five iterations leave singular values above 0.01 in about [0.88, 1.12], eight within 1e-5 of 1.
+    # of [0.001, 1]. Five iterations leave what is in [0.002, 1.01] in [0.87, 1.13], seven within 1e-5 of 1.
     "polar_express": _safe(
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -37,9 +38,12 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 FORMS = ("auto", "standard", "gram")
 
-# Iterations that the gram form does on X X^T before it forms that again. Its rounding errors make negative eigenvalues,
-# which grow by a^2 in each iteration: after three in bfloat16 there are spectra of which nothing is left.
+# The gram form makes X X^T anew after so many iterations: rounding gives it negative eigenvalues, which grow by a^2 in
+# each iteration but the last. With three in bfloat16 nothing is left of some spectra, with two the error is X's own.
 RESTART = 2
+# Only the first time three do no harm, to polynomials under which they grow by up to this much, a_1^2 a_2^2: the quintic
+# with its 141, not the Polar Express with 1112. tests/test_gram.py has the spectra.
+GROWTH = 150.0
 
 # From so many rows on, CUDA devices compute only half of each symmetric product.
 HALVED_ROWS = 256
@@ -64,15 +68,15 @@ def newton_schulz(
         A <- X X^T
         X <- a X + (b A + c A^2) X
 
-    The ``gram`` form does ``RESTART`` of these iterations on the small ``R = X X^T`` before it goes back to X::
+    The ``gram`` form does two or three of these iterations on the small ``R = X X^T`` before it goes back to X::
 
         R <- X X^T,  Q <- I
         repeat:  Z <- b R + c R^2,  Q <- a Q + Q Z,  R <- (a I + Z) R (a I + Z)
         X <- Q X
 
-    They are equal but for rounding, the gram form costs less where X is at least 1.5 times as long as it is short, and
+    They are equal but for rounding. The gram form costs less where X is more than 1.5 times as long as it is short, and
     ``auto`` is the one of fewer operations. With more rows than columns both work on ``X^T X`` from the right. All of
-    R, Z and Q are symmetric; CUDA devices compute half of them (:mod:`hf_cwd.kernels.symmetric`).
+    A, R, Z and Q are symmetric; large ones are computed by about half (CUDA: :mod:`hf_cwd.kernels.symmetric`).
 
     Args:
         matrix: ``(..., rows, columns)``; leading dimensions are a batch of independent matrices. Not mutated.
@@ -99,7 +103,7 @@ def newton_schulz(
         raise ValueError(f"newton_schulz needs a matrix or a batch of matrices, got shape {tuple(matrix.shape)}")
     rows, columns = matrix.shape[-2:]
     table = _table(coefficients, steps)
-    run = {"standard": _standard, "gram": _gram}[form_of(rows, columns, steps=steps, form=form)]
+    run = {"standard": _standard, "gram": _gram}[_form(rows, columns, table, form)]
     if not matrix.numel():
         return matrix.new_empty(matrix.shape, dtype=dtype)
     x = matrix.reshape(-1, rows, columns).to(dtype)
@@ -111,24 +115,42 @@ def newton_schulz(
     return (results[0] if len(results) == 1 else torch.stack(results)).reshape(matrix.shape)
 
 
-def form_of(rows: int, columns: int, *, steps: int, form: str = "auto") -> str:
-    """The form that runs: by shape alone, so that every rank, device and batch has the same."""
+def flops(
+    rows: int,
+    columns: int,
+    *,
+    coefficients: str | Sequence[Triple] = "quintic",
+    steps: int = 5,
+    form: str = "auto",
+) -> int:
+    """Floating-point operations of :func:`newton_schulz` of one matrix, all elements of symmetric products counted."""
+    table = _table(coefficients, steps)
+    return _flops(rows, columns, table, _form(rows, columns, table, form))
+
+
+def _flops(rows: int, columns: int, table: Sequence[Triple], form: str) -> int:
+    short, long = sorted((rows, columns))
+    # X X^T and the product with X; on matrices of the short side, one product an iteration, in the gram form also two
+    # for R and one for Q in all but the last of a block.
+    blocks = [1] * len(table) if form == "standard" else _blocks(table)
+    return sum(4 * short**2 * long + 2 * short**3 * (4 * count - 3) for count in blocks)
+
+
+def _form(rows: int, columns: int, table: Sequence[Triple], form: str) -> str:
+    """The form that runs: by shape and coefficients alone, so that all ranks, devices and batches have the same."""
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not valid: form is one of {', '.join(FORMS)}")
     if form != "auto":
         return form
-    standard, gram = (flops(rows, columns, steps=steps, form=name) for name in ("standard", "gram"))
-    return "gram" if gram < standard else "standard"
+    return min(("standard", "gram"), key=lambda name: _flops(rows, columns, table, name))
 
 
-def flops(rows: int, columns: int, *, steps: int, form: str = "auto") -> int:
-    """Floating-point operations of :func:`newton_schulz`, all elements of symmetric products counted."""
-    short, long = sorted((rows, columns))
-    if form_of(rows, columns, steps=steps, form=form) == "standard":
-        return steps * (4 * short**2 * long + 2 * short**3)
-    blocks = [min(RESTART, steps - start) for start in range(0, steps, RESTART)]
-    # X X^T and Q X; of each iteration R^2, and of all but the last of a block two products for R and one for Q.
-    return sum(4 * short**2 * long + 2 * short**3 * (4 * count - 3) for count in blocks)
+def _blocks(table: Sequence[Triple]) -> list[int]:
+    """How many iterations the gram form does each time before it goes back to X."""
+    steps = len(table)
+    first = RESTART + 1 if steps > RESTART and (table[0][0] * table[1][0]) ** 2 <= GROWTH else RESTART
+    ends = [0, *range(first, steps, RESTART), steps]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _table(coefficients: str | Sequence[Triple], steps: int) -> list[Triple]:
@@ -148,8 +170,10 @@ def _standard(x: Tensor, table: Sequence[Triple]) -> Tensor:
 
 
 def _gram(x: Tensor, table: Sequence[Triple]) -> Tensor:
-    for start in range(0, len(table), RESTART):
-        q = _polynomial(_gram_matrix(x), table[start : start + RESTART])
+    start = 0
+    for count in _blocks(table):
+        q = _polynomial(_gram_matrix(x), table[start : start + count])
+        start += count
         x = q @ x if _is_wide(x) else x @ q
     return x
 

@@ -160,7 +160,7 @@ def candidates() -> dict[str, Candidate]:
     return CANDIDATES | {
         f"cwd_muon_{form}": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16", ns=form), **MUON, kernel="auto")
         for form in forms
-        if f"cwd_muon_{form}" not in CANDIDATES
+        if form != "auto"  # cwd_muon_bf16
     }
 
 

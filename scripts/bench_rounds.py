@@ -29,7 +29,7 @@ class Ready(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What runs: own copies of all tensors for each candidate, or one set that they take in turns; and what does not."""
+    """What runs, over own copies of all tensors each or over one set taken in turns; and what does not, and why."""
 
     names: list[str]
     shared: bool

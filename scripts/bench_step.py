@@ -103,9 +103,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     parameters = [p for p in shapes_of(args.model[0]) if family != MATRIX or p.matrix]
     load = os.getloadavg()
     chosen = plan(wanted, needed, parameters, dtype, device, args.memory)
+    rate = product_rate(device, family)  # first: what a library keeps from its first use on is nobody's
     ready = prepared(chosen, wanted, parameters, dtype, device)
     extra = {name: extra_memory(each, device) for name, each in ready.items()}
-    rate = product_rate(device, family)
     times = rounds(ready, args.pairs, device, args.seconds)
     same = paired(times.step[needed[1]], times.step[baseline])
     found = {}

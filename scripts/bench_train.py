@@ -157,7 +157,8 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         torch.cuda.empty_cache()
     peak.start()
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options["dtype"]))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options["dtype"]))
     data = rows(config.vocab_size, options["block_size"], (warmup + steps) * batch)
     trainer = Trainer(model=model, args=training, train_dataset=data, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
@@ -175,16 +176,23 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
     }
 
 
+def quiet() -> None:
+    """For a process of blocks only: a line for each of a hundred says nothing new, and each collects garbage twice."""
+    gc.collect()
+    gc.freeze()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("hf_cwd").setLevel(logging.WARNING)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from bench_machine import machine
     from bench_stats import conclusive, paired
     from transformers import AutoConfig
-    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("hf_cwd").setLevel(logging.WARNING)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(args.config_name)
     baseline, order = args.optimizers[0], random.Random(0)
@@ -252,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     args = parse(argv)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints
+        quiet()
         run = measure(args)
     print(report(run))
     if args.json:

@@ -78,6 +78,28 @@ def test_the_documented_interval_is_that_of_the_coefficients():
     assert (s.min(), s.max()) == pytest.approx((0.68, 1.14), abs=0.02)
 
 
+def test_the_documented_interval_of_the_polar_express():
+    """[0.002, 1.01] ends in [0.87, 1.13] after five iterations and at 1 after seven, and never leaves [0, 2]."""
+    s, ranges = np.geomspace(0.002, 1.01, 1_000_001), []
+    for a, b, c in COEFFICIENTS["polar_express"]:
+        s = a * s + b * s**3 + c * s**5
+        ranges.append((s.min(), s.max()))
+    assert ranges[4] == pytest.approx((0.87, 1.125), abs=0.005)
+    assert ranges[6] == pytest.approx((1, 1), abs=1e-5)
+    assert ranges[7] == pytest.approx((1, 1), abs=3e-16 * 8)  # a fixed point with two vanishing derivatives
+    assert all(0 < low < high < 2 for low, high in ranges[:7])
+
+
+@SHAPES
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_the_polar_express_gives_the_polar_factor(shape, form):
+    """In nine iterations, as far as its margin for rounding lets it: the last ones are the classical quintic."""
+    U, S, Vh = torch.linalg.svd(matrices(shape), full_matrices=False)
+    M = (U * S.clamp(min=S.amax(-1, keepdim=True) / 100).unsqueeze(-2)) @ Vh
+    found = newton_schulz(M, coefficients="polar_express", steps=9, dtype=torch.float64, form=form)
+    torch.testing.assert_close(found, U @ Vh, rtol=1e-10, atol=1e-10)
+
+
 @SHAPES
 def test_a_convergent_table_gives_the_polar_factor(shape):
     M = matrices(shape)

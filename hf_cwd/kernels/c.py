@@ -18,10 +18,10 @@ from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
 # As the enums of cwd.c.
-ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR = range(6)
+ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 = range(7)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASTER = 3
-CHUNK = 32768
+CHUNK = 16384
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 OPERATIONS = {adamw.direction: ADAMW, lion.direction: LION, sgd.direction: MOMENTUM, muon.direction: MOMENTUM}
@@ -29,7 +29,7 @@ OPERATIONS = {adamw.direction: ADAMW, lion.direction: LION, sgd.direction: MOMEN
 
 class _Job(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("op", "x", "g", "m", "v", "count", "level")),
+        *((name, ctypes.c_int) for name in ("op", "x", "g", "m", "v", "count", "level", "threads")),
         ("tensors", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("tensor", "rows")),
         *((name, ctypes.c_int64) for name in ("next", "counted")),
@@ -42,7 +42,7 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(build.library()))
     except (build.BuildError, OSError) as error:
         return str(error)
-    library.cwd_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.cwd_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.cwd_run.restype = None
     return library
 
@@ -135,7 +135,8 @@ def apply(
 
 def floor(items: Sequence[Item]) -> None:
     """Reads and writes what :func:`update` would, without its arithmetic: the numbers become meaningless."""
-    _run(FLOOR, None, [(item, item.grad, 1.0) for item in items], None)
+    op = FLOOR4 if len(items[0].buffers) == 2 else FLOOR3
+    _run(op, None, [(item, item.grad, 1.0) for item in items], None)
 
 
 def _run(
@@ -175,16 +176,17 @@ def _run(
     for (param, second, states, split), table in tables.items():
         tensors = array("q", table[1:])
         job = _Job(
-            op if states or op == FLOOR else APPLY,  # without a buffer the direction is the gradient
+            op if states else APPLY,  # without a buffer the direction is the gradient
             MASTER if split else DTYPES[param],
             DTYPES[second],
             *([DTYPES[t] for t in states] + [0, 0])[:2],
             count is not None,
             _level() if level < 0 else level,
+            threads(),
             len(tensors) // 8,
             tensors.buffer_info()[0],
             rows.buffer_info()[0],
         )
-        _load().cwd_run(ctypes.byref(job), None if threads() == 1 else _openmp(), threads())
+        _load().cwd_run(ctypes.byref(job), _openmp())
         if count is not None:
             count.decayed = count.decayed + job.counted

@@ -9,13 +9,12 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR }; /* FLOOR: the memory traffic of the others, no arithmetic */
-enum { F32, BF16, F16, MASTER };                          /* MASTER: bf16 and an int16 remainder, an fp32 together */
+/* FLOOR4, FLOOR3: the memory traffic of ADAMW and LION without their arithmetic, for benchmarks. */
+enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 };
+enum { F32, BF16, F16, MASTER }; /* MASTER: bf16 and an int16 remainder, which are an fp32 together */
 
-/* Elements that a thread takes at a time: a multiple of every vector's length, so that where chunks are cut changes
- * nothing; see kernels/c.py, which cuts them. */
-#define CHUNK 32768
-#define STAGE 1024 /* elements of a block that is widened to fp32 first: four such blocks stay in a level 1 cache */
+#define CHUNK 16384 /* elements of the pieces that threads share; as in kernels/c.py */
+#define STAGE 1024  /* elements of a block that is widened to fp32 first: four blocks fit a level 1 cache */
 
 /* kernels/base.py has the meaning of each; the order is its own. */
 typedef struct {
@@ -30,7 +29,7 @@ typedef struct {
 } Tensor;
 
 typedef struct {
-    int op, x, g, m, v, count, level; /* x, g, m, v: dtypes */
+    int op, x, g, m, v, count, level, threads; /* x, g, m, v: dtypes */
     int64_t tensors;
     const Tensor *tensor;
     const Row *rows;
@@ -68,8 +67,8 @@ ALWAYS_INLINE uint16_t to_half(float value) {
 }
 
 ALWAYS_INLINE uint16_t to_bfloat(float value) {
-    uint32_t word = bits(value);
-    return value != value ? 0x7fc0 : (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+    uint32_t word = bits(value), rounded = word + 0x7fff + (word >> 16 & 1); /* ties to even */
+    return (uint16_t)((value != value ? 0x7fc00000 : rounded) >> 16);
 }
 
 ALWAYS_INLINE float load(int dtype, const char *from, const char *remainder, int64_t i) {
@@ -112,7 +111,7 @@ ALWAYS_INLINE float adamw(const Row *r, float g, float *m, float *v) {
 ALWAYS_INLINE float lion(const Row *r, float g, float *m) {
     float c = lerp(*m, g, r->first_weight, r->first_far);
     *m = lerp(*m, g, r->second_weight, r->second_far);
-    return (float)((c > 0) - (c < 0));
+    return fabsf(c) > 0 ? copysignf(1, c) : 0;
 }
 
 /* All forms are computed, and one is selected: that costs less than the loops would. */
@@ -126,15 +125,47 @@ ALWAYS_INLINE float momentum(const Row *r, float g, float *m) {
 
 /* THE mask, in this language: signs of u and x, never their product. Then the decay, then the update. */
 ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
-    int differ = (int32_t)(bits(u) ^ bits(x)) < 0, both = (fabsf(u) > 0) & (fabsf(x) > 0);
-    float coefficient = both ? (differ ? r->opposed : r->aligned) : r->neither;
+    uint32_t differ = (uint32_t)((int32_t)(bits(u) ^ bits(x)) >> 31);
+    float known = number((bits(r->opposed) & differ) | (bits(r->aligned) & ~differ));
+    float coefficient = (fabsf(u) > 0) & (fabsf(x) > 0) ? known : r->neither;
     *decayed += (r->decays != 0) & (bits(coefficient) != 0x80000000);
     return fmaf(r->rate, u, r->decays != 0 ? fmaf(coefficient, x, x) : x);
 }
 
 /* ---- loops, compiled for each instruction set ---- */
 
-typedef int32_t Run(const Job *, const Tensor *, int64_t, int64_t);
+/* A loop of its own: everything in fp32, which all else is widened to, and what training in bf16 uses. */
+#define COMBINATIONS(CASE)                                                                                             \
+    CASE(ADAMW, F32, F32, F32, F32, 0)                                                                                 \
+    CASE(ADAMW, F32, F32, F32, F32, 1)                                                                                 \
+    CASE(ADAMW, BF16, BF16, F32, F32, 0)                                                                               \
+    CASE(ADAMW, MASTER, BF16, F32, F32, 0)                                                                             \
+    CASE(ADAMW, BF16, BF16, BF16, BF16, 0)                                                                             \
+    CASE(LION, F32, F32, F32, F32, 0)                                                                                  \
+    CASE(LION, F32, F32, F32, F32, 1)                                                                                  \
+    CASE(LION, BF16, BF16, F32, F32, 0)                                                                                \
+    CASE(LION, MASTER, BF16, F32, F32, 0)                                                                              \
+    CASE(LION, BF16, BF16, BF16, F32, 0)                                                                               \
+    CASE(MOMENTUM, F32, F32, F32, F32, 0)                                                                              \
+    CASE(MOMENTUM, F32, F32, F32, F32, 1)                                                                              \
+    CASE(DIRECTIONS, F32, F32, F32, F32, 0)                                                                            \
+    CASE(APPLY, F32, F32, F32, F32, 0)                                                                                 \
+    CASE(APPLY, F32, F32, F32, F32, 1)                                                                                 \
+    CASE(FLOOR4, F32, F32, F32, F32, 0)                                                                                \
+    CASE(FLOOR3, F32, F32, F32, F32, 0)
+#define KEY(op, x, g, m, v, count) ((((((op)*4 + (x)) * 4 + (g)) * 4 + (m)) * 4 + (v)) * 2 + (count))
+
+ALWAYS_INLINE Tensor from(const Job *job, Tensor t, int64_t at) {
+    static const int SIZE[] = {[F32] = 4, [BF16] = 2, [F16] = 2, [MASTER] = 2};
+    t.x += at * SIZE[job->x];
+    t.g += at * SIZE[job->g];
+    if (t.m) t.m += at * SIZE[job->m];
+    if (t.v) t.v += at * SIZE[job->v];
+    if (t.remainder) t.remainder += at * 2;
+    return t;
+}
+
+typedef int32_t Run(const Job *, Tensor, int64_t, const Row *);
 
 #define LEVEL(name) name##_baseline
 #define TARGET
@@ -177,27 +208,32 @@ int cwd_level(void) {
 
 /* ---- threads ---- */
 
-/* What each thread does: takes chunks while there are any. No chunk depends on who takes it. */
+/* What each thread does: takes a run of neighbouring chunks while there are any, long ones first and short ones at the
+ * end. Memory is walked far in a straight line, and yet a thread that was held up leaves the rest to the others. No
+ * chunk's result depends on who takes it. */
 static void work(void *argument) {
     Job *job = argument;
-    const Tensor *tensor = job->tensor;
-    int64_t counted = 0, all = tensor[job->tensors - 1].chunks;
-    for (int64_t t = 0;;) {
-        int64_t chunk = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-        if (chunk >= all) break;
-        while (tensor[t].chunks <= chunk) t++;
-        int64_t at = (chunk - (t ? tensor[t - 1].chunks : 0)) * CHUNK, rest = tensor[t].numel - at;
-        counted += RUN[job->level](job, &tensor[t], at, rest < CHUNK ? rest : CHUNK);
+    const Tensor *t = job->tensor;
+    int64_t counted = 0, before = 0, all = t[job->tensors - 1].chunks, next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
+    while (next < all) {
+        int64_t take = 1 + (all - next) / (8 * job->threads), end = next + take;
+        if (!__atomic_compare_exchange_n(&job->next, &next, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+        for (; next < end; next++) {
+            for (; t->chunks <= next; t++) before = t->chunks;
+            int64_t at = (next - before) * CHUNK, rest = t->numel - at;
+            counted += RUN[job->level](job, from(job, *t, at), rest < CHUNK ? rest : CHUNK, &job->rows[t->row]);
+        }
+        next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
     }
     __atomic_fetch_add(&job->counted, counted, __ATOMIC_RELAXED);
 }
 
 /* Runs a job. team: GOMP_parallel of the OpenMP runtime that the process already has, so that there are not two whose
  * threads wait for each other's cores; NULL: this thread alone. */
-void cwd_run(Job *job, void (*team)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
+void cwd_run(Job *job, void (*team)(void (*)(void *), void *, unsigned, unsigned)) {
     int64_t chunks = job->tensors ? job->tensor[job->tensors - 1].chunks : 0;
-    if (team && threads > 1 && chunks > 1)
-        team(work, job, threads, 0);
+    if (team && job->threads > 1 && chunks > 1)
+        team(work, job, (unsigned)job->threads, 0);
     else if (chunks)
         work(job);
 }

@@ -1,59 +1,62 @@
 /* The loops of cwd.c for one instruction set: LEVEL(name) is a function's name in it, TARGET its attribute. */
 
-/* One loop for every rule and dtype: op, count and the dtypes are constants where it is called. */
-ALWAYS_INLINE TARGET int32_t LEVEL(loop)(int op, int x_type, int g_type, int state, int count, Tensor t, int64_t n,
-                                         const Row *row) {
+/* One loop for every rule and dtype: all but the last three arguments are constants where it is called. */
+ALWAYS_INLINE TARGET int32_t LEVEL(loop)(int op, int x_type, int g_type, int m_type, int v_type, int count, Tensor t,
+                                         int64_t n, const Row *row) {
     const Row r = *row;
+    const int has_m = op != APPLY, has_v = op == ADAMW || op == FLOOR4;
     int32_t decayed = 0;
 #pragma omp simd reduction(+ : decayed)
     for (int64_t i = 0; i < n; i++) {
-        float g = r.grad_scale * load(g_type, t.g, 0, i), u = g, m, v;
-        if (op != APPLY) m = load(state, t.m, 0, i);
-        if (op == ADAMW) v = load(state, t.v, 0, i);
-        if (op == ADAMW) u = adamw(&r, g, &m, &v);
-        if (op == LION) u = lion(&r, g, &m);
-        if (op == MOMENTUM || op == DIRECTIONS) u = momentum(&r, g, &m);
-        if (op != APPLY) store(state, t.m, 0, i, m);
-        if (op == ADAMW) store(state, t.v, 0, i, v);
-        int32_t here = 0;
-        float x = op == DIRECTIONS ? u : applied(&r, load(x_type, t.x, t.remainder, i), u, &here);
+        float g = r.grad_scale * load(g_type, t.g, 0, i), u = g, x = 0, m = 0, v = 0;
+        int32_t is_decayed = 0;
+        if (op != DIRECTIONS) x = load(x_type, t.x, t.remainder, i);
+        if (has_m) m = load(m_type, t.m, 0, i);
+        if (has_v) v = load(v_type, t.v, 0, i);
+        switch (op) {
+        case ADAMW: u = adamw(&r, g, &m, &v); break;
+        case LION: u = lion(&r, g, &m); break;
+        case MOMENTUM:
+        case DIRECTIONS: u = momentum(&r, g, &m); break;
+        }
+        switch (op) {
+        case DIRECTIONS: x = u; break;
+        case FLOOR4: v += g; /* fall through */
+        case FLOOR3: m += g, x += g; break;
+        default: x = applied(&r, x, u, &is_decayed);
+        }
         store(x_type, t.x, t.remainder, i, x);
-        if (count) decayed += here;
+        if (has_m) store(m_type, t.m, 0, i, m);
+        if (has_v) store(v_type, t.v, 0, i, v);
+        if (count) decayed += is_decayed;
     }
     return decayed;
 }
 
-static TARGET int32_t LEVEL(wide)(int op, int count, const Tensor *t, int64_t n, const Row *row) {
-    if (count)
-        switch (op) {
-        case ADAMW: return LEVEL(loop)(ADAMW, F32, F32, F32, 1, *t, n, row);
-        case LION: return LEVEL(loop)(LION, F32, F32, F32, 1, *t, n, row);
-        case MOMENTUM: return LEVEL(loop)(MOMENTUM, F32, F32, F32, 1, *t, n, row);
-        default: return LEVEL(loop)(APPLY, F32, F32, F32, 1, *t, n, row);
-        }
-    switch (op) {
-    case ADAMW: return LEVEL(loop)(ADAMW, F32, F32, F32, 0, *t, n, row);
-    case LION: return LEVEL(loop)(LION, F32, F32, F32, 0, *t, n, row);
-    case MOMENTUM: return LEVEL(loop)(MOMENTUM, F32, F32, F32, 0, *t, n, row);
-    case DIRECTIONS: return LEVEL(loop)(DIRECTIONS, F32, F32, F32, 0, *t, n, row);
-    default: return LEVEL(loop)(APPLY, F32, F32, F32, 0, *t, n, row);
+/* The loop of common combinations, and of everything in fp32; -1 if there is none. */
+static TARGET int32_t LEVEL(direct)(const Job *job, Tensor t, int64_t n, const Row *row) {
+    switch (KEY(job->op, job->x, job->g, job->m, job->v, job->count)) {
+#define CASE(op, x, g, m, v, count)                                                                                    \
+    case KEY(op, x, g, m, v, count): return LEVEL(loop)(op, x, g, m, v, count, t, n, row);
+        COMBINATIONS(CASE)
+#undef CASE
+    default: return -1;
     }
 }
 
 /* An fp32 copy in the stage; what is fp32 already stays where it is. */
 static TARGET char *LEVEL(widen)(int dtype, char *from, const char *remainder, int64_t n, float *stage) {
     switch (dtype) {
-    case F32: return from;
 #define CASE(dtype)                                                                                                    \
     case dtype:                                                                                                        \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) stage[i] = load(dtype, from, remainder, i);                \
-        break;
+        return (char *)stage;
         CASE(BF16)
         CASE(F16)
         CASE(MASTER)
 #undef CASE
+    default: return from;
     }
-    return (char *)stage;
 }
 
 static TARGET void LEVEL(narrow)(int dtype, char *to, char *remainder, int64_t n, const float *stage) {
@@ -61,7 +64,7 @@ static TARGET void LEVEL(narrow)(int dtype, char *to, char *remainder, int64_t n
 #define CASE(dtype)                                                                                                    \
     case dtype:                                                                                                        \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) store(dtype, to, remainder, i, stage[i]);                  \
-        break;
+        return;
         CASE(BF16)
         CASE(F16)
         CASE(MASTER)
@@ -69,29 +72,30 @@ static TARGET void LEVEL(narrow)(int dtype, char *to, char *remainder, int64_t n
     }
 }
 
-/* Elements at .. at + n of a tensor. */
-static TARGET int32_t LEVEL(run)(const Job *job, const Tensor *tensor, int64_t at, int64_t n) {
-    static const int SIZE[] = {[F32] = 4, [BF16] = 2, [F16] = 2, [MASTER] = 2};
+/* Any other combination: blocks are widened to fp32, stepped there, and narrowed. */
+static TARGET int32_t LEVEL(staged)(const Job *job, Tensor t, int64_t n, const Row *row) {
     float stage[4][STAGE];
-    int32_t decayed = 0;
-    for (int64_t end = at + n, size; at < end; at += size) {
-        int all_wide = job->x == F32 && job->g == F32 && job->m == F32 && job->v == F32;
-        size = all_wide || end - at < STAGE ? end - at : STAGE;
-        Tensor t = *tensor;
-        t.x += at * SIZE[job->x];
-        t.g += at * SIZE[job->g];
-        if (t.m) t.m += at * SIZE[job->m];
-        if (t.v) t.v += at * SIZE[job->v];
-        if (t.remainder) t.remainder += at * 2;
-        Tensor w = t;
-        w.x = job->op == DIRECTIONS && job->x != F32 ? (char *)stage[0] : LEVEL(widen)(job->x, t.x, t.remainder, size, stage[0]);
-        w.g = LEVEL(widen)(job->g, t.g, 0, size, stage[1]);
-        if (t.m) w.m = LEVEL(widen)(job->m, t.m, 0, size, stage[2]);
-        if (t.v) w.v = LEVEL(widen)(job->v, t.v, 0, size, stage[3]);
-        decayed += LEVEL(wide)(job->op, job->count, &w, size, &job->rows[t.row]);
-        LEVEL(narrow)(job->x, t.x, t.remainder, size, stage[0]);
-        if (t.m) LEVEL(narrow)(job->m, t.m, 0, size, stage[2]);
-        if (t.v) LEVEL(narrow)(job->v, t.v, 0, size, stage[3]);
-    }
+    Job wide = *job;
+    Tensor w = t;
+    wide.x = wide.g = wide.m = wide.v = F32;
+    if (job->op != DIRECTIONS || job->x == F32) w.x = LEVEL(widen)(job->x, t.x, t.remainder, n, stage[0]);
+    else w.x = (char *)stage[0]; /* an output, with nothing in it yet */
+    w.g = LEVEL(widen)(job->g, t.g, 0, n, stage[1]);
+    if (t.m) w.m = LEVEL(widen)(job->m, t.m, 0, n, stage[2]);
+    if (t.v) w.v = LEVEL(widen)(job->v, t.v, 0, n, stage[3]);
+    int32_t decayed = LEVEL(direct)(&wide, w, n, row);
+    LEVEL(narrow)(job->x, t.x, t.remainder, n, stage[0]);
+    if (t.m) LEVEL(narrow)(job->m, t.m, 0, n, stage[2]);
+    if (t.v) LEVEL(narrow)(job->v, t.v, 0, n, stage[3]);
+    return decayed;
+}
+
+/* A chunk of a tensor. */
+static TARGET int32_t LEVEL(run)(const Job *job, Tensor t, int64_t n, const Row *row) {
+    int32_t decayed = LEVEL(direct)(job, t, n, row);
+    if (decayed >= 0) return decayed;
+    decayed = 0;
+    for (int64_t at = 0; at < n; at += STAGE)
+        decayed += LEVEL(staged)(job, from(job, t, at), n - at < STAGE ? n - at : STAGE, row);
     return decayed;
 }

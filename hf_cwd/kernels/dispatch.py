@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -44,14 +44,14 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`; each item by its kernel."""
-    for kernel, some in _by_kernel(rule, items, map(_flat, items)).items():
+    for kernel, some in _by_kernel(rule, items, flat=True).items():
         kernel.update(rule, [item for _, item in some], count, cache)
 
 
 def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
     """The directions before the matrix stage, in the order of the items."""
     found: dict[int, Tensor] = {}
-    for kernel, some in _by_kernel(rule, items, items, dtype).items():
+    for kernel, some in _by_kernel(rule, items, dtype).items():
         new = kernel.directions(rule, [item for _, item in some], dtype, cache)
         found.update(zip([position for position, _ in some], new, strict=True))
     return [found[position] for position in range(len(items))]
@@ -66,7 +66,7 @@ def apply(
 ) -> None:
     """Decay, and apply directions that are known and contiguous."""
     known = [item._replace(grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
-    for kernel, some in _by_kernel(None, items, known).items():
+    for kernel, some in _by_kernel(None, known).items():
         chosen = [position for position, _ in some]
         kernel.apply(
             [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], count, cache
@@ -74,28 +74,36 @@ def apply(
 
 
 def _by_kernel(
-    rule: Rule | None, items: Sequence[Item], flat: Iterable[Item], *out: torch.dtype
+    rule: Rule | None, items: Sequence[Item], *out: torch.dtype, flat: bool = False
 ) -> dict[ModuleType, list[tuple[int, Item]]]:
-    """Items and their positions by kernel."""
+    """Items and their positions by kernel; ``flat`` ones where their order in memory is not that of the dimensions."""
     found: dict[ModuleType, list[tuple[int, Item]]] = {}
-    for position, (item, item_flat) in enumerate(zip(items, flat, strict=True)):
-        tensors = (item_flat.param, item_flat.grad, *item_flat.buffers)
-        dtypes = (*(t.dtype for t in tensors), *out)
-        kernel = _kernel(item.settings.kernel, item.param.device, rule, dtypes)
-        if item.settings.capturable and kernel is not triton:
-            raise ValueError(
-                f"capturable=True needs the triton kernel, which does not step a parameter of {item.param.dtype} on "
-                f"{item.param.device} here. Leave capturable out"
-            )
-        if kernel is not eager and not all(t.is_contiguous() for t in tensors):
-            if item.settings.kernel != "auto":
+    known: Any = None
+    for position, item in enumerate(items):
+        param, grad, buffers, _, _, settings = item
+        key = (settings, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
+        if key != known:  # neighbours are mostly alike
+            known, kernel = key, _kernel(settings.kernel, param.device, rule, key[1:])
+            if settings.capturable and kernel is not triton:
                 raise ValueError(
-                    f"kernel={item.settings.kernel!r} takes parameters, gradients and states that lie alike and "
-                    f"without gaps in memory, unlike one of shape {tuple(item.param.shape)} and strides "
-                    f"{item.param.stride()}. Use kernel='auto'"
+                    f"capturable=True needs the triton kernel, which does not step a parameter of {param.dtype} on "
+                    f"{param.device} here. Leave capturable out"
                 )
-            kernel, item_flat = eager, item
-        found.setdefault(kernel, []).append((position, item_flat))
+        used, given = kernel, item
+        if kernel is not eager and not (
+            param.is_contiguous() and grad.is_contiguous() and all(map(Tensor.is_contiguous, buffers))
+        ):
+            lying = _flat(item) if flat else None
+            if lying is None and settings.kernel != "auto":
+                raise ValueError(
+                    f"kernel={settings.kernel!r} takes parameters, gradients and states that lie alike and without "
+                    f"gaps in memory, unlike one of shape {tuple(param.shape)} and strides {param.stride()}. Use "
+                    "kernel='auto'"
+                )
+            used, given = (eager, item) if lying is None else (kernel, lying)
+        if used not in found:
+            found[used] = []
+        found[used].append((position, given))
     return found
 
 
@@ -111,17 +119,15 @@ def _kernel(name: str, device: torch.device, rule: Rule | None, dtypes: tuple[to
     return eager
 
 
-def _flat(item: Item) -> Item:
-    """An item whose tensors lie alike in memory, but not in the order of their dimensions, as flat ones.
+def _flat(item: Item) -> Item | None:
+    """The item with flat tensors, if they lie alike and without gaps in memory; else None.
 
     That is what memory_format=channels_last makes of a convolution. A gradient that lies otherwise is copied.
     """
     param, grad = item.param, item.grad
-    if param.is_contiguous() and grad.is_contiguous():
-        return item
     states = [*item.buffers, *([] if item.remainder is None else [item.remainder])]
     if not _is_dense(param) or any(t.stride() != param.stride() for t in states):
-        return item
+        return None
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     param, grad, *states = (t.as_strided((t.numel(),), (1,)) for t in (param, grad, *states))

@@ -1,7 +1,9 @@
 """Triton products of matrices whose result is symmetric: one triangle of it is computed, the other is its mirror image.
 
-Half of the operations of a general product. The result is exactly symmetric, whatever was rounded on the way.
+Half of the operations of a general product. The result is exactly symmetric, whatever was rounded on the way. Triton is
+imported here, so this module is imported when a product is wanted.
 """
+# ruff: noqa: N803 -- capital letters are compile-time constants
 
 import contextlib
 from typing import NamedTuple
@@ -31,7 +33,7 @@ class Tiles(NamedTuple):
 
 
 # No autotuner: it would cost every rank seconds at the first step, and ranks could choose differently.
-HALF = Tiles(block=128, inner=64, group=4, warps=4, stages=4)
+HALF = Tiles(block=128, inner=64, group=4, warps=8, stages=3)
 HALF_SMALL = Tiles(block=64, inner=64, group=4, warps=4, stages=4)
 FLOAT = Tiles(block=64, inner=32, group=4, warps=4, stages=3)
 # Of up to this many rows: with tiles of 128 they would keep too few of a hundred multiprocessors busy.
@@ -82,73 +84,76 @@ def symmetric_product(
     return _launch(left, right, plus, alpha, beta, tiles)
 
 
-def _launch(A: Tensor, B: Tensor, D: Tensor | None, alpha: float, beta: float, tiles: Tiles | None) -> Tensor:
-    batch, n, k = A.shape
-    tiles = tiles or tiles_for(n, A.dtype)
-    C = torch.empty((batch, n, n), dtype=A.dtype, device=A.device)
+def _launch(left: Tensor, right: Tensor, plus: Tensor | None, alpha: float, beta: float, tiles: Tiles | None) -> Tensor:
+    batch, n, k = left.shape
+    tiles = tiles or tiles_for(n, left.dtype)
+    result = torch.empty((batch, n, n), dtype=left.dtype, device=left.device)
     squares = triton.cdiv(n, tiles.block * tiles.group)
     grid = (squares * (squares + 1) // 2 * tiles.group**2, batch)
     # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(A.device) if A.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device(left.device) if left.is_cuda else contextlib.nullcontext():
         _upper_tile[grid](
-            A, B, C if D is None else D, C, n, k, *A.stride(), *B.stride(), alpha, beta,
-            PLUS=D is not None, BLOCK=tiles.block, INNER=tiles.inner, GROUP=tiles.group,
+            left, right, result if plus is None else plus, result, n, k, *left.stride(), *right.stride(), alpha, beta,
+            PLUS=plus is not None, BLOCK=tiles.block, INNER=tiles.inner, GROUP=tiles.group,
             MASK_N=n % tiles.block != 0, MASK_K=k % tiles.inner != 0,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-    return C
+    return result
+
+
+@triton.jit
+def _place(n, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Row and column of this program's tile: squares of GROUP x GROUP tiles, column by column of the upper triangle."""
+    square, inside = tl.program_id(0) // GROUP**2, tl.program_id(0) % GROUP**2
+    column = ((tl.sqrt(8.0 * square + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = square - column * (column + 1) // 2
+    return row * GROUP + inside % GROUP, column * GROUP + inside // GROUP
 
 
 @triton.jit
 def _upper_tile(
-    A, B, D, C, n, k, a_batch, a_row, a_column, b_batch, b_row, b_column, alpha, beta,
-    PLUS: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    left, right, plus, result, n, k, left_batch, left_row, left_column, right_batch, right_row, right_column,
+    alpha, beta, PLUS: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr,
 ):  # fmt: skip
-    """``C <- beta D + alpha A B^T``, the tile (i, j) of it with i <= j, and its transpose to (j, i)."""
-    # Squares of GROUP x GROUP tiles, column by column of the upper triangle; within one, all its tiles.
-    square, inside = tl.program_id(0) // GROUP**2, tl.program_id(0) % GROUP**2
-    column = ((tl.sqrt(8.0 * square + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = square - column * (column + 1) // 2
-    i = row * GROUP + inside % GROUP
-    j = column * GROUP + inside // GROUP
+    """``result <- beta plus + alpha left right^T``: its tile (i, j) where i <= j, and the transpose of it at (j, i)."""
+    i, j = _place(n, GROUP, BLOCK)
     if (i > j) | (j * BLOCK >= n):
         return
     # Offsets within a tile fit in 32 bits, those of its corner may not.
-    batch, top, left = tl.program_id(1).to(tl.int64), (i * BLOCK).to(tl.int64), (j * BLOCK).to(tl.int64)
+    batch, top, side = tl.program_id(1).to(tl.int64), (i * BLOCK).to(tl.int64), (j * BLOCK).to(tl.int64)
     along, inner = tl.arange(0, BLOCK), tl.arange(0, INNER)
-    a = A + batch * a_batch + top * a_row + (along[:, None] * a_row + inner[None, :] * a_column)
-    b = B + batch * b_batch + left * b_row + (along[:, None] * b_row + inner[None, :] * b_column)
+    x_at = left + batch * left_batch + top * left_row + (along[:, None] * left_row + inner[None, :] * left_column)
+    y_at = right + batch * right_batch + side * right_row + (along[:, None] * right_row + inner[None, :] * right_column)
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, k, INNER):
         if MASK_N or MASK_K:
-            within = inner[None, :] < k - start
-            x = tl.load(a, mask=(along[:, None] < n - i * BLOCK) & within, other=0.0)
-            y = tl.load(b, mask=(along[:, None] < n - j * BLOCK) & within, other=0.0)
+            valid = inner[None, :] < k - start
+            x = tl.load(x_at, mask=(along[:, None] < n - i * BLOCK) & valid, other=0.0)
+            y = tl.load(y_at, mask=(along[:, None] < n - j * BLOCK) & valid, other=0.0)
         else:
-            x, y = tl.load(a), tl.load(b)
+            x, y = tl.load(x_at), tl.load(y_at)
         total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
-        a += INNER * a_column
-        b += INNER * b_column
+        x_at += INNER * left_column
+        y_at += INNER * right_column
     total *= alpha
-    place = batch * n * n + top * n + left + (along[:, None] * n + along[None, :])
-    mirrored = batch * n * n + left * n + top + (along[:, None] * n + along[None, :])
-    inside = (along[:, None] < n - i * BLOCK) & (along[None, :] < n - j * BLOCK)
+    within = along[:, None] * n + along[None, :]
+    corner, opposite = batch * n * n + top * n + side, batch * n * n + side * n + top
+    valid = (along[:, None] < n - i * BLOCK) & (along[None, :] < n - j * BLOCK)
     if PLUS:
         if MASK_N:
-            total += beta * tl.load(D + place, mask=inside, other=0.0).to(tl.float32)
+            total += beta * tl.load(plus + corner + within, mask=valid, other=0.0).to(tl.float32)
         else:
-            total += beta * tl.load(D + place).to(tl.float32)
-    tile = total.to(C.dtype.element_ty)
-    flipped = tl.trans(tile)
+            total += beta * tl.load(plus + corner + within).to(tl.float32)
+    tile = total.to(result.dtype.element_ty)
+    mirrored = tl.trans(tile)
     if i == j:  # both triangles are in this tile, and rounding may have made them differ
-        tile = tl.where(along[:, None] <= along[None, :], tile, flipped)
+        tile = tl.where(along[:, None] <= along[None, :], tile, mirrored)
     if MASK_N:
-        tl.store(C + place, tile, mask=inside)
+        tl.store(result + corner + within, tile, mask=valid)
+        if i != j:
+            tl.store(result + opposite + within, mirrored, mask=tl.trans(valid))
     else:
-        tl.store(C + place, tile)
-    if i != j:
-        if MASK_N:
-            tl.store(C + mirrored, flipped, mask=tl.trans(inside))
-        else:
-            tl.store(C + mirrored, flipped)
+        tl.store(result + corner + within, tile)
+        if i != j:
+            tl.store(result + opposite + within, mirrored)

@@ -4,6 +4,7 @@ A table stays as long as the tensors' dtypes, lengths and alignments do. What ha
 rows and the addresses of gradients as a rule, is written into a copy on the host, which then travels at once.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from copy import copy
@@ -20,6 +21,7 @@ from hf_cwd.rules.base import Rule
 # As in triton_ops.py, which is not imported here since it needs Triton.
 WORDS, LENGTH, ROW, FIELDS, SOURCES = 8, 6, 7, 16, 8
 ALIGNMENT = 16  # bytes
+LR_KINDS = {torch.float32: 1, torch.float64: 2}
 
 # Tables that are kept for each operation: a tensor without a gradient now and then changes the layout and back.
 KEPT = 8
@@ -43,39 +45,49 @@ class Rows(NamedTuple):
 
 def rows(rule: Rule | None, items: Sequence[Item], scales: Sequence[float]) -> Rows:
     """The rows of items, ``rule`` None: to decay and apply."""
-    found: dict[Hashable, int] = {}
-    places, keys = [], []
-    for item, scale in zip(items, scales, strict=True):
-        # Tensors are hashed by identity, and not compared.
-        key = (item.settings, item.step if rule is not None else 1, scale)
-        place = found.setdefault(key, len(found))
-        if place == len(keys):
-            keys.append(key)
-        places.append(place)
-    if not any(isinstance(step, Tensor) or isinstance(settings.lr, Tensor) for settings, step, _ in keys):
+    # A few hundred items have a few settings: those are compared, by identity first. Tensors are compared by it alone.
+    different = {id(item.settings): item.settings for item in items}
+    groups: dict[base.Settings, int] = {}
+    numbers = {name: groups.setdefault(settings, len(groups)) for name, settings in different.items()}
+    steps = [item.step for item in items] if rule is not None else [1] * len(items)
+    named = list(zip([numbers[id(item.settings)] for item in items], steps, scales, strict=True))
+    found = {name: place for place, name in enumerate(dict.fromkeys(named))}
+    places = [found[name] for name in named]
+    known = list(groups)
+    keys = [(known[number], step, scale) for number, step, scale in found]
+    if not any(isinstance(step, Tensor) or isinstance(given.lr, Tensor) for given, step, _ in keys):
         return Rows([base.row(rule, *key) for key in keys], places, [], [])
-    templates, sources, numbers = zip(*(_computed(rule, *key) for key in keys), strict=True)
-    return Rows(list(templates), places, list(sources), list(numbers))
+    templates: dict[Hashable, base.Row] = {}
+    result = Rows([], places, [], [])
+    for given, step, scale in keys:
+        key = (id(given), None if isinstance(step, Tensor) else step, scale)
+        if key not in templates:
+            templates[key] = _template(rule, given, step, scale)
+        result.rows.append(templates[key])
+        result.sources.append(_sources(given, step))
+        result.numbers.append(_numbers(given, scale))
+    return result
 
 
-def _computed(
-    rule: Rule | None, settings: base.Settings, step: int | Tensor, scale: float
-) -> tuple[base.Row, tuple[int, int, int], tuple[float, ...]]:
-    """A row's template and where its step and its learning rate are found."""
-    step_at, lr_at, kind, lr = 0, 0, 0, settings.lr
-    if isinstance(step, Tensor):
-        step_at, step = step.data_ptr(), 2
-    if isinstance(lr, Tensor):
-        kind = {torch.float32: 1, torch.float64: 2}.get(lr.dtype, 0)
-        if kind == 0:
-            raise ValueError(f"lr is a tensor of {lr.dtype} on the device: use float32")
-        lr_at, lr = lr.data_ptr(), 0.0
-    elif step_at == 0:
-        return base.row(rule, settings, step, scale), (0, -1, 0), (0.0,) * 5
-    decay = settings.weight_decay
-    template = base.row(rule, settings._replace(lr=1.0, weight_decay=float(decay != 0)), step)
-    betas = dict(settings.hyper).get("betas", (0.0, 0.0))
-    return template, (step_at, kind, lr_at), (lr, scale, decay, *betas)
+def _template(rule: Rule | None, settings: base.Settings, step: int | Tensor, scale: float) -> base.Row:
+    if not isinstance(step, Tensor) and not isinstance(settings.lr, Tensor):
+        return base.row(rule, settings, step, scale)
+    unit = settings._replace(lr=1.0, weight_decay=float(settings.weight_decay != 0))
+    return base.row(rule, unit, 2 if isinstance(step, Tensor) else step)
+
+
+def _sources(settings: base.Settings, step: int | Tensor) -> tuple[int, int, int]:
+    step_at = step.data_ptr() if isinstance(step, Tensor) else 0
+    if not isinstance(settings.lr, Tensor):
+        return step_at, 0 if step_at else -1, 0
+    if settings.lr.dtype not in LR_KINDS:
+        raise ValueError(f"lr is a tensor of {settings.lr.dtype} on the device: make it float32")
+    return step_at, LR_KINDS[settings.lr.dtype], settings.lr.data_ptr()
+
+
+def _numbers(settings: base.Settings, scale: float) -> tuple[float, ...]:
+    lr = 0.0 if isinstance(settings.lr, Tensor) else settings.lr
+    return (lr, scale, settings.weight_decay, *dict(settings.hyper).get("betas", (0.0, 0.0)))
 
 
 class Launch(NamedTuple):
@@ -127,7 +139,7 @@ class Table:
     def _on_device(self) -> None:
         first, second, end = self._ends
         self.words = torch.empty(end, dtype=torch.int64, device=self.device)
-        self._addresses: list[int] | None = None
+        self._addresses: array[int] | None = None
         self._known: Rows | None = None
         self.sources = self.words[second:]
         self.numbers = self.sources.view(torch.float64)
@@ -141,13 +153,13 @@ class Table:
             if len(places)
         ]
 
-    def write(self, addresses: list[int], new: Rows) -> None:
+    def write(self, addresses: "array[int]", new: Rows) -> None:
         """Brings the table up to date, if something changed."""
         if addresses == self._addresses and new == self._known:
             return
         first, second, _ = self._ends
         if addresses != self._addresses:
-            self.host[self._targets] = torch.tensor(addresses)[self._origins]
+            self.host[self._targets] = torch.frombuffer(addresses, dtype=torch.int64)[self._origins]
         if new != self._known:
             self.host[:first].view(-1, WORDS)[:, ROW] = torch.tensor(new.places)[self._order]
             rows = torch.tensor(new.rows, dtype=torch.float32)
@@ -200,21 +212,25 @@ class Tables:
     def __init__(self) -> None:
         self._tables: dict[Hashable, Table] = {}
         self._captured: list[Table] = []  # for as long as the graphs may be replayed
+        self._addresses = array("q")
+        self._misaligned: tuple[int, ...] = ()
 
     def written(self, tasks: Sequence[Sequence[Tensor]], new: Rows, *, block: int, capturing: bool) -> Table:
         """The table for these tensors. Addresses are read anew: a tensor's memory may have been swapped."""
         tensors = [t for task in tasks for t in task]
-        addresses = [t.data_ptr() for t in tensors]
-        misaligned = tuple(place for place, address in enumerate(addresses) if address % ALIGNMENT)
+        addresses = array("q", [t.data_ptr() for t in tensors])
+        if addresses != self._addresses:
+            misaligned = torch.frombuffer(addresses, dtype=torch.int64).bitwise_and(ALIGNMENT - 1).nonzero()
+            self._addresses, self._misaligned = addresses, tuple(misaligned.view(-1).tolist())
         key = (
-            *(tuple(t.dtype for t in tensors), tuple(map(len, tasks)), tuple(task[0].numel() for task in tasks)),
-            *(misaligned, bool(new.sources), block),
+            *(tuple([t.dtype for t in tensors]), tuple(map(len, tasks)), tuple([task[0].numel() for task in tasks])),
+            *(self._misaligned, bool(new.sources), block),
         )
         table = self._tables.get(key)
         if table is None:
             if len(self._tables) >= KEPT:
                 del self._tables[next(iter(self._tables))]
-            table = self._tables[key] = Table(tasks, misaligned, block=block, computed=bool(new.sources))
+            table = self._tables[key] = Table(tasks, self._misaligned, block=block, computed=bool(new.sources))
         if capturing:
             table = table.captured()
             self._captured.append(table)

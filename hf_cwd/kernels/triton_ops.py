@@ -20,6 +20,9 @@ FIELDS = tl.constexpr(16)
 GRAD_SCALE, FIRST_WEIGHT, FIRST_FAR, SECOND_WEIGHT, SECOND_FAR, KEEP, TAKE, ROOT_SCALE = map(tl.constexpr, range(8))
 EPS, DIRECTION_SCALE, OPPOSED, ALIGNED, NEITHER, DECAYS, RATE, FORM = map(tl.constexpr, range(8, 16))
 
+# Bits of -0.0, the coefficient of an element that is not decayed.
+NOT_DECAYED = tl.constexpr(-(1 << 31))
+
 # Words that describe what a row takes from the device, see hf_cwd.kernels.tables.
 SOURCES = tl.constexpr(8)
 
@@ -143,10 +146,10 @@ def _chunk(
         x = tl.fma(tl.load(row + RATE), u, decayed)
         _narrowed(x_at, remainder_at, x, valid, REMAINDER, MASKED)
         if COUNT:
-            among = coefficient != 0
+            among = coefficient.to(tl.int32, bitcast=True) != NOT_DECAYED
             if MASKED:
                 among = among & valid
-            counted = tl.sum(among.to(tl.int32), 0)
+            counted = tl.where(tl.load(row + DECAYS) != 0, tl.sum(among.to(tl.int32), 0), 0)
     return counted
 
 
@@ -156,11 +159,10 @@ def _address(tensor, WORD: tl.constexpr, TYPE: tl.constexpr, VECTOR: tl.constexp
     return tl.multiple_of(at, VECTOR * TYPE.primitive_bitwidth // 8)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
 def walk(
     tensors,
     places,
-    chunks,
     rows,
     counter,
     OP: tl.constexpr,
@@ -173,12 +175,11 @@ def walk(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One operation on all chunks of all tensors of one launch.
+    """One operation on all tensors of a launch, one chunk a program.
 
     Args:
         tensors: int64, WORDS for each tensor.
         places: int32, two for each chunk: its tensor, and its number within the tensor.
-        chunks: how many there are.
         rows: float32, FIELDS for each row.
         counter: int64, receives the number of decayed elements where COUNT; else None.
         OP: adamw, lion, momentum, directions (the momentum's, into x) or apply (u is g).
@@ -186,49 +187,35 @@ def walk(
         STATES: how many states there are.
         VECTOR: elements that a thread may access at a time: addresses are multiples of their size.
     """
-    total = tl.program_id(0).to(tl.int64) * 0
-    place = tl.program_id(0)
-    while place < chunks:
-        tensor = tensors + tl.load(places + 2 * place) * WORDS
-        start = tl.load(places + 2 * place + 1).to(tl.int64) * BLOCK
-        x_at = _address(tensor, 0, X, VECTOR)
-        g_at = _address(tensor, 1, G, VECTOR)
-        m_at = x_at
-        v_at = x_at
-        remainder_at = x_at
-        if STATES > 0:
-            m_at = _address(tensor, 2, S, VECTOR)
-        if STATES > 1:
-            v_at = _address(tensor, 3, S, VECTOR)
-        if REMAINDER:
-            remainder_at = _address(tensor, 2 + STATES, tl.int16, VECTOR)
-        length = tl.load(tensor + LENGTH)
-        row = rows + tl.load(tensor + ROW) * FIELDS
-        i = start + tl.arange(0, BLOCK)
-        # Without a mask where it can be: a mask would keep the compiler from 16 bytes at a time.
-        if start + BLOCK <= length:
-            counted = _chunk(
-                x_at + i, g_at + i, m_at + i, v_at + i, remainder_at + i, row, i, OP, STATES, REMAINDER, COUNT, False
-            )
-        else:
-            counted = _chunk(
-                x_at + i,
-                g_at + i,
-                m_at + i,
-                v_at + i,
-                remainder_at + i,
-                row,
-                i < length,
-                OP,
-                STATES,
-                REMAINDER,
-                COUNT,
-                True,
-            )
-        total += counted
-        place += tl.num_programs(0)
+    place = places + 2 * tl.program_id(0).to(tl.int64)
+    tensor = tensors + tl.load(place) * WORDS
+    start = tl.load(place + 1).to(tl.int64) * BLOCK
+    x_at = _address(tensor, 0, X, VECTOR)
+    g_at = _address(tensor, 1, G, VECTOR)
+    m_at = x_at
+    v_at = x_at
+    remainder_at = x_at
+    if STATES > 0:
+        m_at = _address(tensor, 2, S, VECTOR)
+    if STATES > 1:
+        v_at = _address(tensor, 3, S, VECTOR)
+    if REMAINDER:
+        remainder_at = _address(tensor, 2 + STATES, tl.int16, VECTOR)
+    length = tl.load(tensor + LENGTH)
+    row = rows + tl.load(tensor + ROW) * FIELDS
+    i = start + tl.arange(0, BLOCK)
+    x_at += i
+    g_at += i
+    m_at += i
+    v_at += i
+    remainder_at += i
+    # Without a mask where it can be: a mask would keep the compiler from 16 bytes at a time.
+    if start + BLOCK <= length:
+        counted = _chunk(x_at, g_at, m_at, v_at, remainder_at, row, i, OP, STATES, REMAINDER, COUNT, False)
+    else:
+        counted = _chunk(x_at, g_at, m_at, v_at, remainder_at, row, i < length, OP, STATES, REMAINDER, COUNT, True)
     if COUNT:
-        tl.atomic_add(counter, total)
+        tl.atomic_add(counter, counted.to(tl.int64))
 
 
 @triton.jit
@@ -268,8 +255,8 @@ def fill_rows(sources, numbers, templates, rows):
     narrow = tl.load(at.to(tl.pointer_type(tl.float32)), mask=kind == 1, other=0).to(tl.float64)
     wide = tl.load(at.to(tl.pointer_type(tl.float64)), mask=kind == 2, other=0)
     lr = tl.where(kind == 1, narrow, tl.where(kind == 2, wide, tl.load(number + 3)))
-    rate = (-lr * tl.load(number + 4)).to(tl.float32)
-    decay = (-lr * tl.load(number + 5)).to(tl.float32)
+    rate = (lr * -tl.load(number + 4)).to(tl.float32)  # Triton's -lr is 0 - lr: not -0 where lr is 0
+    decay = (0.0 - lr * tl.load(number + 5)).to(tl.float32)
     is_decay = (fields == OPPOSED) | (fields == ALIGNED) | (fields == NEITHER)
     new = tl.where(fields == RATE, rate, tl.where(is_decay & (row != 0), decay, row))
 

@@ -53,9 +53,9 @@ def orthogonalize(
     return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=number, form=ns)
 
 
-def flops(rows: int, columns: int, *, ns_steps: int, ns: str, **_: Any) -> int:
+def flops(rows: int, columns: int, *, ns_steps: int, ns_coefficients: Any, ns: str, **_: Any) -> int:
     """Floating-point operations of :func:`orthogonalize`, in the form that will run."""
-    return newton_schulz_flops(rows, columns, steps=ns_steps, form=ns)
+    return newton_schulz_flops(rows, columns, coefficients=ns_coefficients, steps=ns_steps, form=ns)
 
 
 def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:

@@ -1,8 +1,8 @@
-"""Wrong rows, which the table must reveal with any kernel that reads rows: what a dropped or twisted mask looks like."""
+"""Wrong kernels, which the table must reveal: what a dropped or twisted mask looks like, to the last bit of it."""
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -11,11 +11,10 @@ from tests.kernels import truth
 from tests.kernels.table import APPLY, Case
 from tests.reference.arithmetic import F
 
-Row = base.Row
+Row, Settings = base.Row, base.Settings
 
 
-def unmutated(row: Row) -> Row:
-    return row
+# --- Wrong rows: what a fused kernel reads ---
 
 
 def no_mask(row: Row) -> Row:
@@ -51,17 +50,13 @@ def ascending(row: Row) -> Row:
     return row._replace(rate=-row.rate)
 
 
-def scaled_decay(row: Row) -> Row:
-    """A little stronger: by one unit in the last place."""
+def stronger(row: Row) -> Row:
+    """By a unit or two in the last place."""
     return row._replace(aligned=float(F(row.aligned) * F(1 + 2**-22)))
 
 
-MUTANTS: dict[str, Callable[[Row], Row]] = {
-    mutant.__name__: mutant
-    for mutant in (
-        *(no_mask, never, swapped, zeros_opposed, zeros_aligned, left_out, growing, ascending, scaled_decay),
-    )
-}
+def same_row(row: Row) -> Row:
+    return row
 
 
 @contextlib.contextmanager
@@ -79,20 +74,71 @@ def rows(mutate: Callable[[Row], Row]) -> Iterator[None]:
         yield
 
 
+# --- Wrong settings: for any kernel ---
+
+
+def not_cautious(settings: Settings) -> Settings:
+    return settings._replace(cautious=False)
+
+
+def other_zeros(settings: Settings) -> Settings:
+    return settings._replace(mask="gt" if settings.mask == "ge" else "ge")
+
+
+def no_decay(settings: Settings) -> Settings:
+    return settings._replace(weight_decay=0.0)
+
+
+def other_lr(settings: Settings) -> Settings:
+    return settings._replace(lr=float(F(settings.lr) * F(1 + 2**-22)))
+
+
+def same_settings(settings: Settings) -> Settings:
+    return settings
+
+
+class Mutated:
+    """A kernel that takes other settings than it was given."""
+
+    def __init__(self, kernel: Any, change: Callable[[Settings], Settings]) -> None:
+        self.kernel, self.change, self.refusal = kernel, change, kernel.refusal
+
+    def _changed(self, items: Sequence[base.Item]) -> list[base.Item]:
+        return [item._replace(settings=self.change(item.settings)) for item in items]
+
+    def update(self, rule: Any, items: Sequence[base.Item], *rest: Any) -> None:
+        self.kernel.update(rule, self._changed(items), *rest)
+
+    def apply(self, items: Sequence[base.Item], *rest: Any) -> None:
+        self.kernel.apply(self._changed(items), *rest)
+
+
+_ROWS = (no_mask, never, swapped, zeros_opposed, zeros_aligned, left_out, growing, ascending, stronger, same_row)
+_SETTINGS = (not_cautious, other_zeros, no_decay, other_lr, same_settings)
+OF_ROWS: dict[str, Callable[[Row], Row]] = {mutant.__name__: mutant for mutant in _ROWS}
+OF_SETTINGS: dict[str, Callable[[Settings], Settings]] = {mutant.__name__: mutant for mutant in _SETTINGS}
+HARMLESS = {"same_row", "same_settings"}
+
+
 def subjects(cases: list[Case]) -> list[Case]:
-    """The cases that each mutant has to fail: all dtypes alike, plain float32, and half precision with a remainder."""
+    """Of each operation that decays: plain float32, and half precision with a remainder."""
     kinds = {case.rule for case in cases if case.out is None}
-    ends = {"float32 float32 float32", "bfloat16+int16 bfloat16 bfloat16"} | {"float32 float32 -", "bfloat16+int16 float16 -"}
-    found = [case for case in cases if case.rule in kinds and case.name.removesuffix(" counted").split(" ", 1)[1] in ends]
-    assert {case.rule for case in found} == kinds >= {APPLY}
+    dtypes = ("float32 float32", "bfloat16+int16 bfloat16")
+    names = {f"{kind} {two} {'-' if kind == APPLY else two.split()[1]}" for kind in kinds for two in dtypes}
+    found = [case for case in cases if case.name.removesuffix(" counted") in names]
+    assert {case.name.removesuffix(" counted") for case in found} == names
     return found
 
 
-def noticed(kernel: Any, device: str, cases: list[Case]) -> dict[str, dict[str, bool]]:
-    """By mutant and case: whether parameters were found to be wrong."""
-    found = {}
-    for name, mutant in {"unmutated": unmutated, **MUTANTS}.items():
-        with rows(mutant):
-            results = truth.run(kernel, device, subjects(cases))
-        found[name] = {case: any(" param[" in text for text in texts) for case, texts in results.items()}
+def noticed(kernel: Any, cases: list[Case], *, eager: bool = False) -> dict[str, dict[str, bool]]:
+    """By mutant and subject: whether parameters were found to be wrong. Rows are not mutated for ``eager``."""
+
+    def wrong(kernel: Any) -> dict[str, bool]:
+        results = truth.run(kernel, "cpu", subjects(cases), eager=eager)
+        return {case: any(" param[" in t or " remainder[" in t for t in texts) for case, texts in results.items()}
+
+    found = {name: wrong(Mutated(kernel, change)) for name, change in OF_SETTINGS.items()}
+    for name, change in ({} if eager else OF_ROWS).items():
+        with rows(change):
+            found[name] = wrong(kernel)
     return found

@@ -67,9 +67,9 @@ class Numbers:
             any_upper, any_lower = rng.integers(0, 1 << 16, (2, len(x))).astype(np.uint16)
             near_upper, near_lower = split(x.astype(np.float32))
             choice = np.arange(len(x)) % 3 == 0  # bits as no step leaves them
-            self.remainder = np.concatenate(
-                [lower[levels[0]], np.where(choice, any_lower.view(np.int16), near_lower)]
-            )[shuffle]
+            self.remainder = np.concatenate([lower[levels[0]], np.where(choice, any_lower.view(np.int16), near_lower)])[
+                shuffle
+            ]
             rest = np.where(choice, any_upper, near_upper)
             self.param = Stored(param, np.concatenate([upper[levels[0]], rest])[shuffle])
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from hf_cwd.rules import RULES
 from tests.kernels.numbers import Numbers
 from tests.reference import arithmetic
-from tests.reference.arithmetic import Result, Settings, Stored
+from tests.reference.arithmetic import Result, Settings
 
 Root = Callable[[np.ndarray], np.ndarray]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,7 +40,9 @@ VARIATIONS: Mapping[str, list[tuple[dict[str, Any], int]]] = {
         ({"betas": (0.5, 0.5)}, 1_000_000),
         ({"betas": (0.0, 0.9)}, 2),
     ],
-    "muon": [({"momentum": m, "nesterov": n}, 1 + k) for k, m in enumerate((0.95, 0.3, 0.5, 0.0)) for n in (True, False)],
+    "muon": [
+        ({"momentum": m, "nesterov": n}, 1 + k) for k, m in enumerate((0.95, 0.3, 0.5, 0.0)) for n in (True, False)
+    ],
     "sgd": [
         ({}, 1),
         ({"momentum": 0.9}, 1),
@@ -60,8 +62,9 @@ SCALES = (1.0, 0.2 * 768**0.5, 0.375)
 DECAYS = ((1.0, True, "ge"), (1.0, True, "gt"), (1.0, False, "ge"), (0.0, True, "ge"))
 MODES = tuple(itertools.product(DECAYS, (False, True)))
 RATES = ((1e-3, 0.1), (0.125, 0.5), (0.02, 2.0))
-SIZES = (0, 1, 3, 17, 63, 64, 65, 127, 129, 1000, 1023, 1025, 4095, 4097, 16383, 16384, 16385, 32768, 40001)
-FEW_SIZES = (0, 1, 3, 257, 1023, 1025, 4097)
+# Around the vectors and the chunks of C (16384, 32768) and Triton (1024 to 4096), and the blocks of eager (131072).
+SIZES = (0, 1, 3, 17, 63, 64, 65, 127, 129, 1000, 1023, 1025, 2049, 4095, 4097, 16383, 16384, 16385, 32769, 131105)
+FEW_SIZES = (0, 1, 3, 257, 2047, 2048, 2049, 4097)
 
 
 class Hyper(dict):

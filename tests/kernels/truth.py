@@ -14,9 +14,9 @@ from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import base
 from hf_cwd.rules import RULES
 from tests.kernels.table import APPLY, Case, Parameter, at_call, cases
-from tests.reference.arithmetic import Result, Stored
+from tests.reference.arithmetic import F, Result, Stored
 
-__all__ = ["cases", "run"]
+__all__ = ["cases", "for_capturable", "run"]
 
 Array = np.ndarray
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int16": torch.int16}
@@ -26,7 +26,9 @@ GUARD = 16  # elements before and after a tensor that nobody may touch
 SHOWN = 3  # elements described of those that are wrong
 
 
-def run(kernel: Any, device: str, chosen: Iterable[Case], *, eager: bool = False) -> dict[str, list[str]]:
+def run(
+    kernel: Any, device: str, chosen: Iterable[Case], *, eager: bool = False, capturable: bool = False
+) -> dict[str, list[str]]:
     """Runs a kernel over cases.
 
     Args:
@@ -34,12 +36,19 @@ def run(kernel: Any, device: str, chosen: Iterable[Case], *, eager: bool = False
         eager: it is made of torch's own operations. torch's square root on a CPU is one unit off in every sixth
             element, so that it is given to the reference; and with a beta of 0 torch's lerp gives the last elements
             of a tensor a zero of the other sign, which is not looked at.
+        capturable: steps and learning rates are tensors on the device.
 
     Returns:
         What is wrong, by the name of the case; an empty list where all is well.
     """
     cache: dict[Any, Any] = {}  # one optimizer's: from case to case its tensors, settings and steps change
-    return {case.name: _problems(kernel, device, case, cache, eager) for case in chosen}
+    return {case.name: _problems(kernel, device, case, cache, eager, capturable) for case in chosen}
+
+
+def for_capturable(chosen: Iterable[Case]) -> list[Case]:
+    """Those that are also run with steps and learning rates on the device: all variations, and a few dtypes."""
+    words = ("float32 float32 float32", "float32 float32 -", "in one call", "calls", "learning rate 0")
+    return [case for case in chosen if any(word in case.name for word in words)]
 
 
 def torch_root(v: Array) -> Array:
@@ -92,22 +101,26 @@ class _Tensors:
         if numbers.remainder is not None:
             self.remainder = _Placed.of(numbers.remainder.view(np.uint16), "int16", device, offsets[4])
         self.untouched = numbers
+        self.step = torch.zeros((), device=device)
+        is_float32 = float(F(parameter.settings.lr)) == parameter.settings.lr
+        self.lr = torch.zeros((), dtype=torch.float32 if is_float32 else torch.float64, device=device)
 
-    def item(self, rule: str, parameter: Parameter, call: int) -> base.Item:
+    def item(self, rule: str, parameter: Parameter, call: int, capturable: bool) -> base.Item:
         chosen = at_call(parameter.settings, call)
-        named = ("lr", "weight_decay", "cautious", "mask", "maximize")
+        step, lr = (self.step.fill_(chosen.step), self.lr.fill_(chosen.lr)) if capturable else (chosen.step, chosen.lr)
+        named = ("weight_decay", "cautious", "mask", "maximize")
         given = base.Settings(
             **{name: getattr(chosen, name) for name in named},
-            **{"hyper": tuple(chosen.hyper.items()), "kernel": "auto", "capturable": False},
+            **{"hyper": tuple(chosen.hyper.items()), "lr": lr, "kernel": "auto", "capturable": capturable},
         )
         remainder = None if self.remainder is None else self.remainder.view
         if rule == APPLY:  # the gradient is not looked at
-            return base.Item(self.param.view, torch.empty(0), (), remainder, chosen.step, given)
+            return base.Item(self.param.view, torch.empty(0), (), remainder, step, given)
         states = tuple(state.view for state in self.states)
-        return base.Item(self.param.view, self.grad.view, states, remainder, chosen.step, given)
+        return base.Item(self.param.view, self.grad.view, states, remainder, step, given)
 
 
-def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager: bool) -> list[str]:
+def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager: bool, capturable: bool) -> list[str]:
     rule = None if case.rule == APPLY else RULES[case.rule]
     tensors = [_Tensors(case.rule, parameter, device, k) for k, parameter in enumerate(case.parameters)]
     for one in tensors:
@@ -119,7 +132,7 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
     for call in range(case.calls):
         if count is not None:
             count.decayed, count.total = 0, 0
-        items = [one.item(case.rule, p, call) for one, p in zip(tensors, case.parameters, strict=True)]
+        items = [one.item(case.rule, p, call, capturable) for one, p in zip(tensors, case.parameters, strict=True)]
         try:
             if rule is None:
                 scales = [parameter.settings.scale for parameter in case.parameters]
@@ -130,7 +143,7 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
                 found = kernel.directions(rule, items, TORCH[case.out], cache)
         except Exception as error:  # a case that cannot run is a result, and the others still run
             return [f"raised {type(error).__name__}: {error}"]
-    expected = case.expected(torch_root if eager else None)
+    expected = case.expected(torch_root if eager and device == "cpu" else None)
     problems = []
     if case.out is not None and len(found) != len(items):
         return [f"{len(found)} directions of {len(items)}"]

@@ -63,6 +63,8 @@ def variants(rule: str) -> dict[Variant, bool]:
                 options += [{name: choice, **shared} for choice in kind.choices]
     made = [Variant(rule, tuple(chosen.items())) for chosen in options]
     made += [Variant(rule, (), dtype) for dtype in (torch.bfloat16, torch.float64)]
+    made += [Variant(rule, (("master", "remainder"),), torch.bfloat16)]
+    made += [Variant(rule, (("state_dtype", "bfloat16"),))]
     return dict.fromkeys(made, False) | dict.fromkeys(everywhere, True)
 
 

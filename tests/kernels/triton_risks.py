@@ -1,0 +1,311 @@
+"""What can go wrong in the Triton kernels beside their arithmetic: tables, launches, offsets, rows from the device.
+
+    python -m tests.kernels.triton_risks RESULTS
+
+runs all of it with Triton's interpreter, in a process of its own, and writes a JSON file: problems by case. Imported,
+it only says which cases there are.
+"""
+
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_cwd.decay import DecayCount
+from hf_cwd.kernels import base, tables, triton
+from hf_cwd.rules import RULES
+from tests.reference import arithmetic
+from tests.reference.arithmetic import Stored
+
+HYPER: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+    "lion": {"betas": (0.9, 0.95)},
+    "sgd": {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "ema": False},
+}
+STATES = {"adamw": 2, "lion": 1, "sgd": 1}
+TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CASES: dict[str, Callable[[], Iterator[str]]] = {}
+
+
+def case(function: Callable[[], Iterator[str]]) -> Callable[[], Iterator[str]]:
+    CASES[function.__name__] = function
+    return function
+
+
+def settings(rule: str, **given: Any) -> base.Settings:
+    common = {"lr": 1e-2, "weight_decay": 0.1, "cautious": True, "mask": "ge", "maximize": False}
+    own = {"hyper": tuple(HYPER[rule].items()), "kernel": "triton", "capturable": False}
+    return base.Settings(**(common | own | given))
+
+
+def placed(stored: Stored, offset: int = 0) -> Tensor:
+    """A tensor of these bits that starts ``offset`` elements into its memory."""
+    bits = torch.from_numpy(stored.bits.view(f"i{stored.bits.itemsize}"))
+    memory = torch.empty(len(bits) + offset, dtype=bits.dtype)
+    memory[offset:] = bits
+    return memory[offset:].view(TORCH[stored.dtype])
+
+
+class Followed:
+    """A parameter, and what the reference says of it."""
+
+    def __init__(self, rule: str, n: int, *, seed: int, dtype: str = "float32", offset: int = 0, **given: Any) -> None:
+        self.rule, self.settings, self.steps, self.offset = rule, settings(rule, **given), 0, offset
+        self.rng, self.dtype = np.random.default_rng(seed), dtype
+        self.right = Stored.of(self.rng.normal(0, 0.05, n), dtype)
+        self.right_states = [Stored.of(np.zeros(n), "float32") for _ in range(STATES[rule])]
+        self.param = placed(self.right, offset)
+        self.states = tuple(placed(state, offset) for state in self.right_states)
+        self.grad = torch.empty(0)
+
+    def item(self) -> base.Item:
+        """The next step's, with a gradient at another address; the reference makes that step."""
+        self.steps += 1
+        grad = Stored.of(self.rng.normal(0, 1e-2, len(self.right.bits)), self.dtype)
+        self.grad = placed(grad, self.offset)
+        named = {name: getattr(self.settings, name) for name in ("lr", "weight_decay", "cautious", "mask", "maximize")}
+        given = arithmetic.Settings(dict(self.settings.hyper), self.steps, **named)
+        u, self.right_states = arithmetic.directed(self.rule, grad, self.right_states, given)
+        result = arithmetic.stepped(self.right, None, u, self.right_states, given)
+        self.right, self.decayed = result.param, result.decayed
+        return base.Item(self.param, self.grad, self.states, None, self.steps, self.settings)
+
+    def problems(self, name: Any = "") -> Iterator[str]:
+        pairs = [(self.param, self.right), *zip(self.states, self.right_states, strict=True)]
+        for k, (tensor, right) in enumerate(pairs):
+            bits = tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
+            if wrong := int((bits.view(right.bits.dtype) != right.bits).sum()):
+                yield f"{name}: {wrong} of {len(bits)} elements of tensor {k} are wrong"
+
+
+class Recorder:
+    """Launches of ``walk``, which are made all the same."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+        self.module = triton.kernels()
+
+    def __enter__(self) -> "Recorder":
+        self.walk, self.module.walk = self.module.walk, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.module.walk = self.walk
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.launches.append((grid, args, options))
+            self.walk[grid](*args, **options)
+
+        return launch
+
+
+def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], count: DecayCount | None = None) -> None:
+    triton.update(RULES[rule], [one.item() for one in followed], count, cache)
+
+
+@case
+def sizes_around_a_chunk() -> Iterator[str]:
+    block = triton.BLOCK
+    for rule in HYPER:
+        cache: dict[Any, Any] = {}
+        all_sizes = (0, 1, 3, block - 1, block, block + 1, 2 * block, 3 * block + 5)
+        some = [Followed(rule, n, seed=n, dtype=d) for n in all_sizes for d in ("float32", "bfloat16")]
+        for _ in range(2):
+            stepped(rule, some, cache)
+        for one in some:
+            yield from one.problems(f"{rule} {len(one.right.bits)} {one.dtype}")
+
+
+@case
+def only_empty_tensors() -> Iterator[str]:
+    count = DecayCount()
+    stepped("adamw", [Followed("adamw", 0, seed=0)], {}, count)
+    triton.update(RULES["adamw"], [], count, {})
+    if triton.directions(RULES["muon"], [], torch.float32, {}) or (int(count.decayed), count.total) != (0, 0):
+        yield f"{count}"
+
+
+@case
+def one_launch_for_each_dtype_and_alignment() -> Iterator[str]:
+    some = [
+        Followed("adamw", 5 + k, seed=k, dtype=("float32", "bfloat16")[k % 2], offset=(0, 0, 0, 1)[k % 4], lr=1e-3 * k)
+        for k in range(40)
+    ]
+    with Recorder() as recorder:
+        stepped("adamw", some, {})
+    for one in some:
+        yield from one.problems(f"{one.dtype} {one.offset}")
+    found = sorted((str(o["X"]), o["VECTOR"], len(args[0])) for _, args, o in recorder.launches)
+    if found != [("bf16", 1, 10), ("bf16", 4, 10), ("fp32", 4, 20)]:
+        yield f"launches are {found}"
+
+
+@case
+def nothing_is_compiled_again() -> Iterator[str]:
+    """A variant is known by its constants and by what is known of its arguments, which are tensors or None."""
+    some, cache, variants = [Followed("adamw", 2000 + k, seed=k) for k in range(5)], {}, set()
+    with Recorder() as recorder:
+        for k in range(8):
+            for one in some:
+                one.settings = settings("adamw", lr=1e-3 * k, weight_decay=0.1 * (k % 2), maximize=k == 3)
+            stepped("adamw", some[: 1 + k % 5], cache)
+        for _, args, options in recorder.launches:
+            kinds = tuple((a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args)
+            variants.add((kinds, tuple(sorted(options.items(), key=str))))
+    if len(variants) != 1:
+        yield f"{len(variants)} variants: {variants}"
+    for one in some:
+        yield from one.problems()
+
+
+@case
+def tensors_come_and_go() -> Iterator[str]:
+    """As parameters that get a gradient now and then; more layouts than are kept."""
+    some, cache = [Followed("lion", 50 + k, seed=k) for k in range(12)], {}
+    for step in range(3 * tables.KEPT):
+        stepped("lion", [one for k, one in enumerate(some) if (step + k) % (2 + k % 5)], cache)
+    for k, one in enumerate(some):
+        yield from one.problems(k)
+
+
+@case
+def memory_is_swapped() -> Iterator[str]:
+    """A table knows addresses and lengths, and not which tensor it was made for."""
+    one, other, cache = Followed("adamw", 64, seed=1), Followed("adamw", 64, seed=2), {}
+    for step in range(6):
+        if step == 2:
+            one.param = one.param.clone()
+        if step == 3:
+            one.states = tuple(state.clone() for state in one.states)
+        stepped("adamw", [one, other] if step != 4 else [other, one], cache)
+    yield from one.problems("one")
+    yield from other.problems("other")
+
+
+@case
+def the_same_address_with_another_length_or_dtype() -> Iterator[str]:
+    cache: dict[Any, Any] = {}
+    x, g, m = torch.full((64,), 1.0), torch.full((64,), 1.0), torch.zeros(64)
+    given = settings("lion", lr=0.5, weight_decay=0.0)
+    for n in (64, 32):
+        triton.update(RULES["lion"], [base.Item(x[:n], g[:n], (m[:n],), None, 1, given)], None, cache)
+    if x.tolist() != [0.0] * 32 + [0.5] * 32:
+        yield f"{x.tolist()}"
+    half = x.view(torch.bfloat16)[:64].fill_(1.0)
+    triton.update(RULES["lion"], [base.Item(half, g, (m,), None, 1, given)], None, cache)
+    if half.tolist() != [0.5] * 64:
+        yield f"{half.tolist()}"
+
+
+@case
+def only_what_changed_travels() -> Iterator[str]:
+    one, cache = Followed("lion", 64, seed=1), {}
+    item = one.item()
+    versions = []
+    moves = [item, item, item._replace(step=2), item._replace(grad=one.grad.clone())]
+    moves.append(moves[-1]._replace(settings=settings("lion", lr=1e-3)))
+    for move in [*moves, moves[-1]]:
+        triton.update(RULES["lion"], [move], None, cache)
+        (own,) = cache.values()
+        (table,) = own._tables.values()
+        versions.append(table.words._version)
+    changes = [after - before for before, after in itertools.pairwise(versions)]
+    if changes != [0, 0, 1, 1, 0]:  # Lion's row does not know the step
+        yield f"copies after the first: {changes}"
+
+
+@case
+def counts_add_up() -> Iterator[str]:
+    some = [Followed("adamw", 3000, seed=k, dtype=("float32", "bfloat16")[k % 2], offset=k // 2) for k in range(4)]
+    some.append(Followed("adamw", 77, seed=9, weight_decay=0.0))
+    count, cache = DecayCount(), {}
+    right = 0
+    for _ in range(2):
+        stepped("adamw", some, cache, count)
+        right += sum(one.decayed for one in some)
+    if (int(count.decayed), count.total) != (right, 24000) or not isinstance(count.decayed, Tensor):
+        yield f"{count}, not {right}"
+
+
+@case
+def offsets_beyond_32_bits() -> Iterator[str]:
+    """Windows of tensors of 2**33 elements that are not there: an address minus an offset, and the chunk there."""
+    ops, block = triton.kernels(), triton.BLOCK
+    for chunk in ((1 << 31) // block - 1, (1 << 31) // block, (1 << 33) // block - 1, (1 << 33) // block):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, g, m = (torch.full((block,), value, dtype=dtype) for value in (1.0, 1.0, 0.0))
+            words = torch.zeros(1, 8, dtype=torch.int64)
+            words[0, :3] = torch.tensor([t.data_ptr() - chunk * block * t.element_size() for t in (x, g, m)])
+            words[0, tables.LENGTH] = (1 << 33) + block // 2  # the last of these chunks is not a full one
+            rows = torch.tensor([base.row(RULES["lion"], settings("lion", lr=0.5, weight_decay=0.0), 1)])
+            kind = triton._type(dtype)
+            ops.walk[(1,)](
+                *(words, torch.tensor([[0, chunk]], dtype=torch.int32), rows, None),
+                **{"OP": "lion", "X": kind, "G": kind, "S": kind, "STATES": 1, "REMAINDER": False, "COUNT": False},
+                **{"VECTOR": 1, "BLOCK": block},
+            )
+            right = block // 2 if chunk == (1 << 33) // block else block
+            if x.tolist() != [0.5] * right + [1.0] * (block - right):
+                yield f"chunk {chunk}, {dtype}: {x.unique().tolist()}"
+
+
+@case
+def rows_from_the_device_are_the_host_s() -> Iterator[str]:
+    hyper = {
+        "adamw": [{"betas": b, "eps": 1e-8} for b in ((0.9, 0.999), (0.95, 0.95), (0.0, 0.0), (0.5, 0.9999))],
+        "lion": [HYPER["lion"]],
+        "sgd": [HYPER["sgd"] | more for more in ({}, {"nesterov": True}, {"ema": True}, {"momentum": 0.0})],
+        "muon": [{"momentum": 0.95, "nesterov": True}],
+    }
+    modes = [(True, "ge", 0.1), (True, "gt", 0.3), (False, "ge", 0.1), (True, "ge", 0.0)]
+    steps = [*range(1, 20), 100, 999, 12345, 10**6, 2**24]
+    for rule, chosen in hyper.items():
+        for k, given in enumerate(chosen):
+            for cautious, mask, weight_decay in modes:
+                for rate in (3e-4, 0.0, torch.tensor(3e-4), torch.tensor(3e-4, dtype=torch.float64)):
+                    common = {"cautious": cautious, "mask": mask, "weight_decay": weight_decay, "maximize": k == 1}
+                    made = settings("lion", **common)._replace(hyper=tuple(given.items()), lr=rate, capturable=True)
+                    yield from _rows_differ(rule, made, steps)
+
+
+def _rows_differ(rule: str, made: base.Settings, steps: list[int]) -> Iterator[str]:
+    here = [torch.tensor(float(step)) for step in steps]
+    items = [base.Item(torch.empty(0), torch.empty(0), (), None, step, made) for step in here]
+    for applied in (False, True):
+        scales = [0.2 * (k + 1) ** 0.5 if applied else 1.0 for k in range(len(steps))]
+        given = tables.rows(None if applied else RULES[rule], items, scales)
+        found = templates = torch.tensor(given.rows)
+        if given.sources:  # without them nothing is on the device: a learning rate that is a float, and no step
+            numbers = torch.tensor(given.numbers, dtype=torch.float64).view(torch.int64)
+            words, found = torch.cat([torch.tensor(given.sources), numbers], 1), torch.empty_like(templates)
+            triton.kernels().fill_rows[(len(templates),)](words, words.view(torch.float64), templates, found)
+        at = made._replace(lr=float(made.lr))
+        for k, (step, scale) in enumerate(zip(steps, scales, strict=True)):
+            right = torch.tensor(base.row(None if applied else RULES[rule], at, 1 if applied else step, scale))
+            if not torch.equal(found[k].view(torch.int32), right.view(torch.int32)):
+                wrong = [name for name, a, b in zip(base.Row._fields, found[k], right, strict=True) if a != b]
+                yield f"{rule} {made} step {step}: {wrong}"
+
+
+def main(results: Path) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests.kernels import triton_child as child
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
+    child.interpreter.InterpreterBuilder.create_fma = child.fused
+    child.interpreter._convert_float = child.converted
+    results.write_text(json.dumps({name: list(function()) for name, function in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
