@@ -41,12 +41,12 @@ FORMS = ("auto", "standard", "gram")
 # The gram form makes X X^T anew after so many iterations: rounding gives it negative eigenvalues, which grow by a^2 in
 # each iteration but the last. With three in bfloat16 nothing is left of some spectra, with two the error is X's own.
 RESTART = 2
-# Only the first time three do no harm, to polynomials under which they grow by up to this much, a_1^2 a_2^2: the quintic
-# with its 141, not the Polar Express with 1112. tests/test_gram.py has the spectra.
+# Only the first time three do no harm, where they grow by no more than this, a_1^2 a_2^2: by 141 under the quintic, but
+# by 1112 under the Polar Express. The spectra are in tests/test_gram.py.
 GROWTH = 150.0
 
-# From so many rows on, CUDA devices compute only half of each symmetric product.
-HALVED_ROWS = 256
+# From so many rows on, CUDA devices compute only half of each symmetric product; with fewer, launching it costs more.
+HALVED_ROWS = 768
 
 # CPUs compute symmetric products of at least two strips of so many rows in strips that end at the diagonal.
 STRIP = 256

@@ -220,13 +220,13 @@ def walk(
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent in float64 for a whole exponent below 2**24, by squaring.
+    """base ** exponent in float64 for a whole exponent up to 2**24, where float32 stops counting, by squaring.
 
     Its error is at most about ``exponent`` units in the last place, and so that of 1 - b**t is below 1e-13 / (1 - b):
     after rounding to float32 it is as good as the host's.
     """
     power = base * 0 + 1
-    for _ in range(24):
+    for _ in range(25):
         power = tl.where(exponent & 1 != 0, power * base, power)
         base = base * base
         exponent = exponent >> 1

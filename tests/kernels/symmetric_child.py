@@ -140,10 +140,9 @@ def test_default_tiles(rows, dtype):
 def test_tiles_fit_a_multiprocessor():
     """Operands of all stages in the 227 KiB of shared memory of an H100; powers of two, as Triton's blocks must be."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows in (256, 1024, 1025, 8192):
-            tiles = tiles_for(rows, dtype)
-            assert 2 * tiles.block * tiles.inner * dtype.itemsize * tiles.stages <= 227 * 1024
-            assert all(size & (size - 1) == 0 and size >= 16 for size in (tiles.block, tiles.inner))
+        tiles = tiles_for(dtype)
+        assert 2 * tiles.block * tiles.inner * dtype.itemsize * tiles.stages <= 227 * 1024
+        assert all(size & (size - 1) == 0 and size >= 16 for size in (tiles.block, tiles.inner))
 
 
 @pytest.mark.parametrize("form", ["_standard", "_gram"])
@@ -157,6 +156,6 @@ def test_newton_schulz_runs_on_them(form, shape, monkeypatch):
     launched = []
     monkeypatch.setattr(orthogonalize, "_halves", lambda x: launched.append(x) or symmetric)
     found = getattr(orthogonalize, form)(x.float(), table)
-    assert len(launched) == {"_standard": 10, "_gram": 14}[form]
+    assert len(launched) == {"_standard": 10, "_gram": 16}[form]
     # 485, the five iterations' slope at zero, times a rounding of float32: what one grows by.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=485 * 2.0**-24)

@@ -188,7 +188,10 @@ PRIMARY = (
 
 
 def cases(*, few: bool = False) -> list[Case]:
-    """The table. ``few``: with less of it for each dtype, but every operation, dtype, mode and pair of specials."""
+    """The table. ``few``: with less of it for each dtype, but every operation, dtype, mode and pair of specials.
+
+    Each dtype is then aligned or not, and counted or not in a case of its own, and so needs fewer compiled kernels.
+    """
     return list(_cases(few))
 
 
@@ -199,15 +202,15 @@ def _cases(few: bool) -> Iterator[Case]:
         for out in ("float32", "bfloat16") if matrix else (None,):
             for number, dtypes in enumerate(every):
                 name = f"{rule} {dtypes}" + (f" to {out}" if out else "")
-                parameters = tuple(_values(rule, dtypes, number, full=dtypes in PRIMARY and not few))
+                parameters = tuple(_values(rule, dtypes, number, few))
                 # The two variants of a kernel, without and with a count, see the same numbers.
                 for counted in (False,) if matrix else ((number % 2 == 1,) if few else (False, True)):
                     yield Case(name + " counted" * counted, rule, parameters, out, counted)
             tail = f" to {out}" if out else ""
             sizes = FEW_SIZES if few else SIZES
             for name, some in (("", every), (" of one dtype", every[:1])):
-                yield Case(f"{rule} sizes{name}{tail}", rule, tuple(_sizes(rule, some, sizes)), out, not matrix)
-            mixed = tuple(_sizes(rule, every, (33,) * len(every)))
+                yield Case(f"{rule} sizes{name}{tail}", rule, tuple(_sizes(rule, some, sizes, few)), out, not matrix)
+            mixed = tuple(_sizes(rule, every, (33,) * len(every), few))
             yield Case(f"{rule} all dtypes in one call{tail}", rule, mixed, out, not matrix)
             yield Case(f"{rule} three calls{tail}", rule, mixed[:8], out, not matrix, calls=3)
             if not matrix:
@@ -215,9 +218,9 @@ def _cases(few: bool) -> Iterator[Case]:
                 yield Case(f"{rule} learning rate 0", rule, still, counted=True)
 
 
-def _values(rule: str, dtypes: Dtypes, number: int, *, full: bool) -> Iterator[Parameter]:
+def _values(rule: str, dtypes: Dtypes, number: int, few: bool) -> Iterator[Parameter]:
     """All variations, each in all modes or in one that changes with ``number``; every mode at least once."""
-    known = variations(rule)
+    known, full = variations(rule), dtypes in PRIMARY and not few
     if full:
         chosen = list(itertools.product(known, MODES))
     else:
@@ -225,11 +228,14 @@ def _values(rule: str, dtypes: Dtypes, number: int, *, full: bool) -> Iterator[P
         chosen = [(known[k % len(known)], MODES[(k + number) % len(MODES)]) for k in range(count)]
     for k, (variation, mode) in enumerate(chosen):
         seed = zlib.crc32(f"{rule} {dtypes} {k}".encode())
-        yield Parameter(dtypes, settings(variation, mode, RATES[k % len(RATES)]), seed, full, aligned=k % 3 == 0)
+        aligned = number % 4 < 2 if few else k % 3 == 0
+        yield Parameter(dtypes, settings(variation, mode, RATES[k % len(RATES)]), seed, full, aligned=aligned)
 
 
-def _sizes(rule: str, every: list[Dtypes], sizes: Iterable[int]) -> Iterator[Parameter]:
+def _sizes(rule: str, every: list[Dtypes], sizes: Iterable[int], few: bool) -> Iterator[Parameter]:
     known = variations(rule)
     for k, size in enumerate(sizes):
         chosen = settings(known[k % len(known)], MODES[(3 * k) % len(MODES)], RATES[k % len(RATES)])
-        yield Parameter(every[k % len(every)], chosen, 1000 * size + k, size=size, aligned=k % 3 == 0)
+        number = k % len(every)
+        aligned = number % 4 < 2 if few and len(every) > 1 else k % 3 == 0
+        yield Parameter(every[number], chosen, 1000 * size + k, size=size, aligned=aligned)

@@ -15,75 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import base, tables, triton
 from hf_cwd.rules import RULES
-from tests.reference import arithmetic
-from tests.reference.arithmetic import Stored
+from tests.kernels.followed import HYPER, Followed, settings
 
-HYPER: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
-    "lion": {"betas": (0.9, 0.95)},
-    "sgd": {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "ema": False},
-}
-STATES = {"adamw": 2, "lion": 1, "sgd": 1}
-TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES: dict[str, Callable[[], Iterator[str]]] = {}
 
 
 def case(function: Callable[[], Iterator[str]]) -> Callable[[], Iterator[str]]:
     CASES[function.__name__] = function
     return function
-
-
-def settings(rule: str, **given: Any) -> base.Settings:
-    common = {"lr": 1e-2, "weight_decay": 0.1, "cautious": True, "mask": "ge", "maximize": False}
-    own = {"hyper": tuple(HYPER[rule].items()), "kernel": "triton", "capturable": False}
-    return base.Settings(**(common | own | given))
-
-
-def placed(stored: Stored, offset: int = 0) -> Tensor:
-    """A tensor of these bits that starts ``offset`` elements into its memory."""
-    bits = torch.from_numpy(stored.bits.view(f"i{stored.bits.itemsize}"))
-    memory = torch.empty(len(bits) + offset, dtype=bits.dtype)
-    memory[offset:] = bits
-    return memory[offset:].view(TORCH[stored.dtype])
-
-
-class Followed:
-    """A parameter, and what the reference says of it."""
-
-    def __init__(self, rule: str, n: int, *, seed: int, dtype: str = "float32", offset: int = 0, **given: Any) -> None:
-        self.rule, self.settings, self.steps, self.offset = rule, settings(rule, **given), 0, offset
-        self.rng, self.dtype = np.random.default_rng(seed), dtype
-        self.right = Stored.of(self.rng.normal(0, 0.05, n), dtype)
-        self.right_states = [Stored.of(np.zeros(n), "float32") for _ in range(STATES[rule])]
-        self.param = placed(self.right, offset)
-        self.states = tuple(placed(state, offset) for state in self.right_states)
-        self.grad = torch.empty(0)
-
-    def item(self) -> base.Item:
-        """The next step's, with a gradient at another address; the reference makes that step."""
-        self.steps += 1
-        grad = Stored.of(self.rng.normal(0, 1e-2, len(self.right.bits)), self.dtype)
-        self.grad = placed(grad, self.offset)
-        named = {name: getattr(self.settings, name) for name in ("lr", "weight_decay", "cautious", "mask", "maximize")}
-        given = arithmetic.Settings(dict(self.settings.hyper), self.steps, **named)
-        u, self.right_states = arithmetic.directed(self.rule, grad, self.right_states, given)
-        result = arithmetic.stepped(self.right, None, u, self.right_states, given)
-        self.right, self.decayed = result.param, result.decayed
-        return base.Item(self.param, self.grad, self.states, None, self.steps, self.settings)
-
-    def problems(self, name: Any = "") -> Iterator[str]:
-        pairs = [(self.param, self.right), *zip(self.states, self.right_states, strict=True)]
-        for k, (tensor, right) in enumerate(pairs):
-            bits = tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
-            if wrong := int((bits.view(right.bits.dtype) != right.bits).sum()):
-                yield f"{name}: {wrong} of {len(bits)} elements of tensor {k} are wrong"
 
 
 class Recorder:
@@ -267,17 +212,17 @@ def rows_from_the_device_are_the_host_s() -> Iterator[str]:
         "muon": [{"momentum": 0.95, "nesterov": True}],
     }
     modes = [(True, "ge", 0.1), (True, "gt", 0.3), (False, "ge", 0.1), (True, "ge", 0.0)]
-    steps = [*range(1, 20), 100, 999, 12345, 10**6, 2**24]
+    rates = [3e-4, 0.0, torch.tensor(3e-4), torch.tensor(3e-4, dtype=torch.float64)]
     for rule, chosen in hyper.items():
         for k, given in enumerate(chosen):
-            for cautious, mask, weight_decay in modes:
-                for rate in (3e-4, 0.0, torch.tensor(3e-4), torch.tensor(3e-4, dtype=torch.float64)):
-                    common = {"cautious": cautious, "mask": mask, "weight_decay": weight_decay, "maximize": k == 1}
-                    made = settings("lion", **common)._replace(hyper=tuple(given.items()), lr=rate, capturable=True)
-                    yield from _rows_differ(rule, made, steps)
+            for j, (cautious, mask, weight_decay) in enumerate(modes):
+                common = {"cautious": cautious, "mask": mask, "weight_decay": weight_decay, "maximize": k == 1}
+                made = settings("lion", **common)._replace(hyper=tuple(given.items()), capturable=True)
+                yield from _rows_differ(rule, made._replace(lr=rates[(j + k) % 4]))
 
 
-def _rows_differ(rule: str, made: base.Settings, steps: list[int]) -> Iterator[str]:
+def _rows_differ(rule: str, made: base.Settings) -> Iterator[str]:
+    steps = [*range(1, 20), 100, 999, 12345, 10**6, 2**24]
     here = [torch.tensor(float(step)) for step in steps]
     items = [base.Item(torch.empty(0), torch.empty(0), (), None, step, made) for step in here]
     for applied in (False, True):

@@ -1,0 +1,173 @@
+"""The Triton kernels without a GPU: tables, launches and offsets in the interpreter, the arithmetic of compiled code.
+
+Their numbers are in test_truth.py.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_cwd.kernels import base, tables, triton
+from hf_cwd.rules import RULES
+from tests.kernels.followed import settings
+from tests.kernels.triton_compiled import VARIANTS
+from tests.kernels.triton_risks import CASES
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+F, B = torch.float32, torch.bfloat16
+
+
+def in_a_process(module, results, **environment):
+    command = [sys.executable, "-m", f"tests.kernels.{module}", str(results)]
+    mine = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, cwd=ROOT, env=mine | environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(results.read_text())
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    return in_a_process("triton_risks", tmp_path_factory.mktemp("risks") / "results.json", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_risk(problems, name):
+    assert problems[name] == []
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    return in_a_process("triton_compiled", folder / "results.json", TRITON_CACHE_DIR=str(folder / "cache"))
+
+
+def count(pattern, ptx):
+    return len(re.findall(rf"\b{pattern}\b", ptx))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_arithmetic(compiled, name):
+    """Each operation as often as the contract has it, for the elements of a thread in a full chunk and in another."""
+    ptx, operation = compiled[name], VARIANTS[name][0]
+    elements = 2 * triton.BLOCK // (32 * triton.WARPS)
+    fma, mul, add, sub, roots = {
+        "adamw": (4, 5, 1, 1, 1),  # m, v, decay, update | g, take*g, keep*v, root_scale, direction_scale | eps | g - m
+        "lion": (4, 1, 0, 1, 0),  # two averages of one difference, decay, update | g
+        "momentum": (6, 2, 0, 2, 0),  # three forms of m, of which one is Nesterov's, ... | g, keep*m
+        "directions": (4, 2, 0, 2, 0),
+        "apply": (2, 0, 0, 0, 0),
+    }[operation]
+    assert count(r"fma\.rn\.f32", ptx) == fma * elements
+    assert count(r"mul(\.rn)?\.f32", ptx) == mul * elements
+    assert count(r"add(\.rn)?\.f32", ptx) == add * elements
+    assert count(r"sub(\.rn)?\.f32", ptx) == sub * elements
+    assert count(r"sqrt\.rn\.f32", ptx) == count(r"div\.rn\.f32", ptx) == roots * elements
+    assert not re.search(r"\.ftz|\.approx|\.full|fma\.rn\.f64", ptx)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_memory_accesses(compiled, name):
+    """A full chunk is read and written with 16 bytes a thread of the widest dtype, and without exchanges of threads."""
+    ptx, (operation, x, g, s, states, rest, aligned) = compiled[name], VARIANTS[name]
+    read = [g, *[s] * states, *([x] if operation != "directions" else []), *([x] if rest else [])]
+    written = [x, *[s] * states, *([x] if rest else [])]
+    vector = triton.vector((x, g, s)) if aligned else 1
+    times = triton.BLOCK // (32 * triton.WARPS) // vector
+    for kind, dtypes in (("ld", read), ("st", written)):
+        for words in (4, 2):
+            expected = sum(vector * dtype.itemsize == 4 * words for dtype in dtypes) * times if aligned else 0
+            assert count(rf"{kind}\.global\.v{words}\.b32", ptx) == expected, (kind, words)
+    assert "bar.sync" not in ptx
+
+
+def test_importing_does_not_import_triton():
+    code = "import sys, hf_cwd.kernels.triton; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@needs_triton
+def test_the_layouts_of_both_sides_agree():
+    ops = triton.kernels()
+    for name in ("WORDS", "LENGTH", "ROW", "FIELDS", "SOURCES"):
+        assert getattr(ops, name).value == getattr(tables, name), name
+    assert [getattr(ops, field.upper()).value for field in base.Row._fields] == list(range(tables.FIELDS))
+
+
+def test_every_fused_rule_has_an_operation():
+    assert triton.OPERATIONS.keys() == triton.STATES.keys() == base.FUSED.keys()
+
+
+def test_items_of_a_few_settings_share_rows():
+    """Settings are compared by value, steps that are tensors by identity."""
+    empty, half = torch.empty(0), {"lr": 5e-3}
+    items = [
+        base.Item(empty, empty, (), None, 1 + k // 8, settings("adamw", **half if k % 2 else {})) for k in range(12)
+    ]
+    rows = tables.rows(RULES["adamw"], items, [1.0] * 12)
+    assert rows.places == [0, 1] * 4 + [2, 3] * 2
+    assert rows.rows == [base.row(RULES["adamw"], items[k].settings, items[k].step) for k in (0, 1, 8, 9)]
+    assert not rows.sources
+    assert tables.rows(None, items, [1.0] * 12).places == [0, 1] * 6, "to decay and apply, the step does not matter"
+    steps = [torch.ones(()), torch.ones(())]
+    items = [item._replace(step=steps[k % 2]) for k, item in enumerate(items)]
+    assert tables.rows(RULES["adamw"], items, [1.0] * 12).places == [0, 1] * 6
+
+
+def test_a_learning_rate_on_the_device_must_be_one_that_the_kernel_reads():
+    lr = torch.tensor(1e-3, dtype=torch.bfloat16)
+    item = base.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr))
+    with pytest.raises(ValueError, match=r"lr is a tensor of torch\.bfloat16"):
+        tables.rows(RULES["lion"], [item], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtypes", "reason"),
+    [
+        ("adamw", (F, F, F, F), None),
+        ("adamw", (B, F, F, F), None),
+        ("adamw", (torch.float16,) * 4, None),
+        ("adamw", (F, F, F, B), "states of different dtypes"),
+        ("adamw", (torch.float64,) * 4, "float64 parameters"),
+        ("lion", (F, torch.float64, F), "float64 gradients"),
+        ("lion", (F, F, torch.float8_e4m3fn), "float8_e4m3fn states"),
+        ("sgd", (F, F), None),
+        ("muon", (F, F, F, B), None),
+        ("muon", (F, F, F, torch.float64), "float64 directions"),
+        (None, (B, F), None),
+        (None, (F, torch.float64), "float64 directions"),
+    ],
+)
+def test_refusal(rule, dtypes, reason):
+    assert triton.refusal(rule and RULES[rule], dtypes) == reason
+
+
+def test_a_rule_of_somebody_else_is_refused(monkeypatch):
+    monkeypatch.delitem(triton.OPERATIONS, RULES["lion"].direction)
+    assert triton.refusal(RULES["lion"], (F, F, F)) == "the rule lion, which has no fused form"
+
+
+def test_unavailable(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "CUDA" in triton.unavailable(torch.device("cpu"))
+    assert "CUDA" in triton.unavailable(torch.device("xpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert triton.unavailable(torch.device("cpu")) == "Triton is not installed"
+    monkeypatch.setitem(sys.modules, "triton", type(sys)("triton"))
+    sys.modules["triton"].__version__ = "2.1.0"
+    assert triton.unavailable(torch.device("cpu")) == "Triton 2.1.0 is older than 3.2"
+    sys.modules["triton"].__version__ = "3.10.0+git1234"
+    assert triton.unavailable(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0" in triton.unavailable(torch.device("cuda", 0))
