@@ -8,6 +8,7 @@ the package decides what is decayed.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 MASKS = ("ge", "gt")
@@ -66,6 +67,15 @@ def cautious_mask(direction: Tensor, param: Tensor, *, mask: str = "ge") -> Tens
     raise ValueError(f"mask={mask!r} is unknown: use 'ge' (the paper's u*x >= 0) or 'gt' (u*x > 0)")
 
 
+def decay_rate(lr: float, weight_decay: float) -> float:
+    """The coefficient of x where it is decayed, ``-lr * weight_decay``.
+
+    A warm-up begins with lr = 0: the coefficient is then a number too small to change any x, so that -0 tells an
+    element that is left alone from one that is decayed, and counted, at every learning rate.
+    """
+    return -max(lr * weight_decay, torch.finfo(torch.float32).tiny)
+
+
 def step_(
     param: Tensor,
     direction: Tensor,
@@ -95,7 +105,7 @@ def step_(
         count: receives the number of decayed elements, when given.
     """
     if weight_decay != 0:
-        rate = 0.0 - lr * weight_decay  # the zero of the first step of a warm-up is then +0
+        rate = decay_rate(lr, weight_decay)
         if cautious:
             decayed = cautious_mask(direction, param, mask=mask)
             param.addcmul_(decayed, param, value=rate)

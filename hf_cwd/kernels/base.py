@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount
+from hf_cwd.decay import DecayCount, decay_rate
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -85,7 +85,7 @@ class Row(NamedTuple):
         root_scale: AdamW: 1 / sqrt(1 - b2^t).
         eps: AdamW's.
         direction_scale: AdamW: 1 / (1 - b1^t).
-        opposed, aligned, neither: coefficient of x where u*x < 0, > 0, neither: 0.0 - lr*weight_decay, or -0.0.
+        opposed, aligned, neither: coefficient of x where u*x < 0, > 0, neither: :func:`hf_cwd.decay.decay_rate`, or -0.
         decays: 0 with weight_decay 0: the decay is left out, not computed with 0.
         rate: coefficient of u: -lr * scale.
         form: momentum rules: 0 none, 1 first step, 2 SGD's, 3 moving average; + 4 with Nesterov.
@@ -160,8 +160,7 @@ FUSED: dict[Callable[..., Tensor], Callable[..., dict[str, float]]] = {
 def _decay(lr: float, weight_decay: float, cautious: bool, mask: str) -> dict[str, float]:
     if weight_decay == 0:
         return {}
-    # An element is decayed if its coefficient is not -0: so it counts also in the first step of a warm-up, where lr is 0.
-    on, off = 0.0 - lr * weight_decay, -0.0
+    on, off = decay_rate(lr, weight_decay), -0.0
     table = {"ge": (off, on, on), "gt": (off, on, off)}
     opposed, aligned, neither = table[mask] if cautious else (on, on, on)
     return {"opposed": opposed, "aligned": aligned, "neither": neither, "decays": 1.0}

@@ -26,7 +26,7 @@ from hf_cwd.rules.base import Rule
 BLOCK = 1024
 WARPS = 4
 
-OLDEST = (3, 2)  # of Triton
+OLDEST = (3, 6)  # of Triton: before it div_rn and sqrt_rn flush denormals (3.6 to 3.9 do not)
 CAPABILITY = (8, 0)  # the least that Triton supports of NVIDIA's
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = {adamw.direction: "adamw", lion.direction: "lion", sgd.direction: "momentum", muon.direction: "momentum"}

@@ -22,6 +22,7 @@ EPS, DIRECTION_SCALE, OPPOSED, ALIGNED, NEITHER, DECAYS, RATE, FORM = map(tl.con
 
 # Bits of -0.0, the coefficient of an element that is not decayed.
 NOT_DECAYED = tl.constexpr(-(1 << 31))
+LEAST = tl.constexpr(2.0**-126)  # the smallest normal fp32
 
 # Words that describe what a row takes from the device, see hf_cwd.kernels.tables.
 SOURCES = tl.constexpr(8)
@@ -256,7 +257,7 @@ def fill_rows(sources, numbers, templates, rows):
     wide = tl.load(at.to(tl.pointer_type(tl.float64)), mask=kind == 2, other=0)
     lr = tl.where(kind == 1, narrow, tl.where(kind == 2, wide, tl.load(number + 3)))
     rate = (lr * -tl.load(number + 4)).to(tl.float32)  # Triton's -lr is 0 - lr: not -0 where lr is 0
-    decay = (0.0 - lr * tl.load(number + 5)).to(tl.float32)
+    decay = (-tl.maximum(lr * tl.load(number + 5), LEAST)).to(tl.float32)  # decay_rate of decay.py
     is_decay = (fields == OPPOSED) | (fields == ALIGNED) | (fields == NEITHER)
     new = tl.where(fields == RATE, rate, tl.where(is_decay & (row != 0), decay, row))
 

@@ -124,6 +124,30 @@ def test_items_of_a_few_settings_share_rows():
     assert tables.rows(RULES["adamw"], items, [1.0] * 12).places == [0, 1] * 6
 
 
+def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
+    """A graph's replays copy from its host memory into its table, while other steps go on."""
+    monkeypatch.setattr(tables.Table, "_pinned", lambda self: self.host.clone())
+    x, *grads = torch.zeros(4, 8).unbind()
+    item = base.Item(x, x, (), None, torch.ones(()), settings("sgd", capturable=True))
+    rows, own = tables.rows(None, [item], [1.0]), tables.Tables()
+
+    def written(grad, capturing):
+        return own.written([(x, grad)], rows, block=4, capturing=capturing)
+
+    eager, graph = written(grads[0], False), written(grads[1], True)
+    assert eager.words.data_ptr() != graph.words.data_ptr()
+    assert eager.host.data_ptr() != graph.host.data_ptr()
+    before = graph.words.clone(), graph.host.clone()
+    again, second = written(grads[2], False), written(grads[2], True)
+    assert again is eager
+    assert second is not graph
+    assert torch.equal(graph.words, before[0])
+    assert torch.equal(graph.host, before[1])
+    assert [int(table.words[1]) for table in (eager, graph)] == [grads[2].data_ptr(), grads[1].data_ptr()]
+    assert graph.launches[0].places is eager.launches[0].places, "what never changes is shared"
+    assert own._captured == [graph, second], "for as long as they may be replayed"
+
+
 def test_a_learning_rate_on_the_device_must_be_one_that_the_kernel_reads():
     lr = torch.tensor(1e-3, dtype=torch.bfloat16)
     item = base.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr))
@@ -165,8 +189,8 @@ def test_unavailable(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert triton.unavailable(torch.device("cpu")) == "Triton is not installed"
     monkeypatch.setitem(sys.modules, "triton", type(sys)("triton"))
-    sys.modules["triton"].__version__ = "2.1.0"
-    assert triton.unavailable(torch.device("cpu")) == "Triton 2.1.0 is older than 3.2"
+    sys.modules["triton"].__version__ = "3.5.1"
+    assert triton.unavailable(torch.device("cpu")) == "Triton 3.5.1 is older than 3.6"
     sys.modules["triton"].__version__ = "3.10.0+git1234"
     assert triton.unavailable(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -163,7 +163,8 @@ def decayed(x: Array, u: Array, settings: Settings) -> Array:
 def applied(x: Array, u: Array, settings: Settings) -> Array:
     """x after its decay and step. Where nothing is decayed the decay is computed all the same, with -0."""
     if settings.weight_decay != 0:
-        on = F(0.0 - settings.lr * settings.weight_decay)  # +0 with a learning rate of 0: it counts as decayed
+        # With a learning rate of 0 too small to change a number, but no zero: it counts as decayed.
+        on = F(-max(settings.lr * settings.weight_decay, 2.0**-126))
         x = fma(np.where(decayed(x, u, settings), on, F(-0.0)), x, x)
     return fma(F(-settings.lr * settings.scale), u, x)
 
