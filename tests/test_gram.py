@@ -206,7 +206,7 @@ def test_flops_are_those_of_the_products_that_run(shape, steps, form):
 
 
 @pytest.mark.parametrize("steps", range(1, 10))
-@pytest.mark.parametrize(XX)
+@pytest.mark.parametrize("coefficients", ["polar_express", [(8.0, -9.0, 3.0), (1.5, -0.5, 0.0)], [(2.0, -1.5, 0.5)]])
 def test_flops_know_the_coefficients(coefficients, steps):
     options = {"coefficients": coefficients, "steps": steps, "form": "gram"}
     with FlopCounterMode(display=False) as counter:

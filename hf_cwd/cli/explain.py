@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from hf_cwd.cli.layouts import GRAMMAR, Cost, Parallelism, costs, entries, parallelism, positions, shardings
-from hf_cwd.rules import RULES
+from hf_cwd.rules import COMMON, RULES
+from hf_cwd.rules.base import has_remainder, state_dtype
 from hf_cwd.sharding.plan import EXCHANGE, Plan, flops_per_byte, plan
 from hf_cwd.trainer.options import PREFIX, names, optimizer_arguments
 from hf_cwd.trainer.routing import Route, Routing, route
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
             options = {name: arguments.get(name, kind.default) for name, kind in EXCHANGE.items()}
             found = entries(model, routing, layout, arguments=arguments, dtype=dtype, device=args.device)
             matrices = plan(found, balance=flops_per_byte(args.device), **options)
-        states = {r.name: _states(r, arguments) for r in routing.routes}
+        states = {r.name: _state_bytes(r, arguments, dtype) for r in routing.routes}
         found = costs(model, shardings(model, layout), matrices, states=states, dtype=dtype)
         print("", *_ranks(layout, found, matrices, args), sep="\n")
     return 0
@@ -202,6 +203,13 @@ def _states(r: Route, arguments: dict[str, Any]) -> int:
     rule = RULES[r.algorithm]
     defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
     return len(rule.state_keys(defaults | arguments))
+
+
+def _state_bytes(r: Route, arguments: dict[str, Any], dtype: torch.dtype) -> int:
+    """Bytes of state that an element of a parameter of ``dtype`` has."""
+    group = {name: kind.default for name, kind in COMMON.items()} | arguments
+    remainder = dtype.itemsize if r.algorithm is not None and has_remainder(group, dtype) else 0
+    return _states(r, arguments) * state_dtype(group, dtype).itemsize + remainder
 
 
 def _ranks(layout: Parallelism, found: Sequence[Cost], matrices: Plan | None, args: argparse.Namespace) -> list[str]:

@@ -211,7 +211,7 @@ def costs(
 
     Args:
         plan: of the matrices; None if there are none.
-        states: how many state tensors each parameter has.
+        states: bytes of state that an element of each parameter has.
     """
     world = len(next(iter(meshes.values())).ranks)
     kept = [[0, 0, 0] for _ in range(world)]
@@ -220,10 +220,10 @@ def costs(
             size = numel * dtype.itemsize
             of_rank[0] += size
             of_rank[1] += size * p.requires_grad
-            of_rank[2] += size * states[name]
+            of_rank[2] += numel * states[name]
     if plan is None:
         return [Cost(*of_rank, 0, 0, 0) for of_rank in kept]
-    peaks = buffers(plan, eager.wide(dtype))
+    peaks = buffers(plan)
     return [Cost(*kept[r], peaks[r], plan.received[r], plan.flops[r]) for r in range(world)]
 
 
@@ -233,12 +233,12 @@ def local_sizes(shape: Shape, mesh: Mesh) -> list[int]:
     return [sum(prod(piece.size) for piece in mesh.pieces(shape, rank)) for rank in mesh.ranks]
 
 
-def buffers(plan: Plan, dtype: torch.dtype) -> list[int]:
+def buffers(plan: Plan) -> list[int]:
     """Bytes of each rank at the peak of its exchange: directions, whole matrices, and what is being sent and received.
 
     As :class:`hf_cwd.sharding.exchange.Exchange` goes about it on accelerators: while a round is worked on, either the
     results of the one before or the parts of the one after are under way. Without the orthogonalisation's own
-    temporaries, and without matrices that do not move. ``dtype`` is that of directions.
+    temporaries, and without matrices that do not move.
     """
     ranks = range(len(plan.received))
     gathered, whole, returned = ([[0] * plan.rounds for _ in ranks] for _ in range(3))
@@ -264,7 +264,7 @@ def buffers(plan: Plan, dtype: torch.dtype) -> list[int]:
             span[0], span[1] = min(span[0], k), max(span[1], k)
     for (number, rank), (first, last) in alive.items():
         entry = plan.entries[number]
-        size = local_sizes(entry.shape, entry.sharding)[rank] * dtype.itemsize
+        size = local_sizes(entry.shape, entry.sharding)[rank] * entry.dtype.itemsize
         for k in range(first, last + 2):
             before[rank][k] += size
         for k in range(max(first - 1, 0), last + 1):

@@ -14,7 +14,9 @@ enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 };
 enum { F32, BF16, F16, MASTER }; /* MASTER: bf16 and an int16 remainder, which are an fp32 together */
 
 #define CHUNK 16384 /* elements of the pieces that threads share; as in kernels/c.py */
-#define STAGE 1024  /* elements of a block that is widened to fp32 first: four blocks fit a level 1 cache */
+#define STAGE 1024  /* elements that are widened to fp32 at a time: four such stages fit a level 1 cache */
+#define BLOCK 32    /* elements between prefetches, */
+#define AHEAD 512   /* and how far ahead those are */
 
 /* kernels/base.py has the meaning of each; the order is its own. */
 typedef struct {
@@ -94,6 +96,11 @@ ALWAYS_INLINE void store(int dtype, char *to, char *remainder, int64_t i, float 
         ((int16_t *)remainder)[i] = (int16_t)(word - (upper << 16));
     }
     }
+}
+
+ALWAYS_INLINE void prefetch(int dtype, const char *from, int64_t i) {
+    const int size = dtype == F32 ? 4 : 2;
+    for (int byte = 0; byte < BLOCK * size; byte += 64) __builtin_prefetch(from + i * size + byte);
 }
 
 /* ---- rules: kernels/eager.py and rules/ are the specification ---- */

@@ -148,6 +148,9 @@ def test_what_a_step_costs_each_rank(explained, tmp_path):
     half = ranks(explained(tmp_path, "--layout", "fsdp2=2", "--all", "--dtype", "bfloat16"))
     assert half["0"][4] == f"{matrices * 2 // 2:,}"
     assert half["0"][0] == f"{total * 2 / 2 / 2**20:.1f} MiB"
+    # With masters the states are fp32 and there are two more bytes an element.
+    flags = ("--layout", "fsdp2=2", "--all", "--dtype", "bfloat16", "--optim_args", "master=remainder")
+    assert ranks(explained(tmp_path, *flags))["0"][2] == f"{(states * 4 + total * 2) / 2 / 2**20:.1f} MiB"
 
 
 def test_options_of_the_exchange(explained, tmp_path):

@@ -232,10 +232,10 @@ def test_buffers_by_hand():
     of_each = [Entry(str(i), (4, 2), Layout(), halves, stage, torch.bfloat16, i) for i in range(4)]
     jobs = [Job(i, 0, (4, 2), owner=i % 2, serves=(0,), round=i // 2) for i in range(4)]
     found = Plan(tuple(of_each), tuple(jobs), 2, {0: 0, 1: 0}, {0: 0, 1: 0})
-    assert buffers(found, torch.float32) == [2 * (8 + 8 + 8) + 4 * 16] * 2
+    assert buffers(found) == [2 * (8 + 8 + 8 + 16)] * 2
     alone = Plan(tuple(of_each[:2]), tuple(jobs[:2]), 1, {0: 0, 1: 0}, {0: 0, 1: 0})
-    assert buffers(alone, torch.float32) == [2 * (8 + 8) + 4 * 8] * 2
-    assert buffers(Plan((), (), 0, {0: 0}, {0: 0}), torch.float32) == [0]
+    assert buffers(alone) == [2 * (8 + 8 + 8)] * 2
+    assert buffers(Plan((), (), 0, {0: 0}, {0: 0})) == [0]
 
 
 if __name__ == "__main__":

@@ -80,20 +80,32 @@ def test_cautious_false_is_torch_s_adamw(arguments):
         torch.testing.assert_close(p, q)
 
 
-def test_resuming_gives_the_weights_of_the_uninterrupted_run(arguments, algorithm, tmp_path):
-    args = arguments(optim=f"cwd_{algorithm}", max_steps=6, save_strategy="steps", save_steps=3)
-    whole = train(args)
+@pytest.mark.parametrize("masters", [False, True])
+def test_resuming_gives_the_weights_of_the_uninterrupted_run(arguments, algorithm, tmp_path, masters):
+    """Also those of a bfloat16 model with its masters, which are in the optimizer's state."""
+    options, dtype = ("master=remainder", torch.bfloat16) if masters else (None, torch.float32)
+    args = arguments(optim=f"cwd_{algorithm}", optim_args=options, max_steps=6, save_strategy="steps", save_steps=3)
+    whole = train(args, model=tiny_llama().to(dtype))
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(Path(args.output_dir) / "checkpoint-3", checkpoint)
     saved_args = torch.load(checkpoint / "training_args.bin", weights_only=False)
     assert saved_args.optim == f"cwd_{algorithm}"
-    resumed = train(copy.deepcopy(saved_args), model=tiny_llama(seed=99), resume=str(checkpoint))
+    resumed = train(copy.deepcopy(saved_args), model=tiny_llama(seed=99).to(dtype), resume=str(checkpoint))
     assert resumed.state.global_step == 6
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
     states = [t.optimizer.optimizer.state_dict()["state"] for t in (whole, resumed)]
     for index, state in states[0].items():
-        assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
+        assert ("remainder" in state) == masters
+        for key, value in state.items():
+            bits = torch.int16 if key == "remainder" else value.dtype  # which can be those of a NaN
+            assert torch.equal(value.view(bits), states[1][index][key].view(bits)), key
+
+
+def test_masters_need_a_bfloat16_model(arguments):
+    args = arguments(optim="cwd_adamw", optim_args="master=remainder", bf16=True)
+    with pytest.raises(ValueError, match=r"the optimizer's are float32. --bf16 \(autocast\).*leave master out"):
+        train(args)
 
 
 def test_the_logged_learning_rate_is_muon_s(arguments):
