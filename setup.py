@@ -1,10 +1,30 @@
 import re
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+KERNEL = runpy.run_path(str(ROOT / "hf_cwd/kernels/build.py"))  # by its path: importing hf_cwd needs torch
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_cwd/__init__.py").read_text(), re.MULTILINE)[1]
+
+
+class BuildKernel(build_ext):
+    """The C kernel, built as it would be on first use. It is optional: without a compiler the rest is installed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            KERNEL["build"](target, KERNEL["compiler"]())
+        except KERNEL["BuildError"] as error:
+            raise CompileError(f"{error}. It is built on first use, if it can be then") from None
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_name(KERNEL["name"]()))
+
 
 setup(
     name="hf_cwd",
@@ -15,6 +35,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_cwd", "hf_cwd.*"]),
+    package_data={"hf_cwd.kernels": ["*.c", "*.h"]},
+    ext_modules=[Extension("hf_cwd.kernels.cwd", ["hf_cwd/kernels/cwd.c"], optional=True)],
+    cmdclass={"build_ext": BuildKernel},
     install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1"],
     extras_require={
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],

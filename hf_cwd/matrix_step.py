@@ -100,21 +100,26 @@ class MatrixStep:
         """
         items: dict[int, Item] = {}
 
-        def directions(wanted: Sequence[int]) -> list[Tensor]:
+        def directions(wanted: Sequence[int], outs: Mapping[int, Tensor]) -> list[Tensor]:
             for _, some in groupby(wanted, lambda i: id(members[i].group)):
                 some = list(some)
                 first = members[some[0]]
                 found = advance(states, [members[i].param for i in some], first.group, first.settings)
                 items.update(zip(some, found, strict=True))
-            result: dict[int, Tensor] = {}
-            for kind in dict.fromkeys(self._kinds[i] for i in wanted):
-                some = [i for i in wanted if self._kinds[i] == kind]
-                new = kernels.directions(kind.rule, [items[i] for i in some], kind.dtype, self._caches[tuple(some)])
-                result.update(zip(some, new, strict=True))
-            return [result[i] for i in wanted]
+            found = {}
+            for i in wanted:
+                shape, kind = items[i].param.shape, self._kinds[i]
+                made = outs[i] if i in outs else torch.empty(shape, dtype=kind.dtype, device=items[i].param.device)
+                found[i] = made.view(shape)
+            for rule, dtype in dict.fromkeys((self._kinds[i].rule, found[i].dtype) for i in wanted):
+                some = [i for i in wanted if (self._kinds[i].rule, found[i].dtype) == (rule, dtype)]
+                given = [items[i] for i in some], [found[i] for i in some]
+                kernels.directions(rule, *given, self._caches[tuple(some)])
+            return [found[i] for i in wanted]
 
         def apply(wanted: Sequence[int], found: Sequence[Tensor]) -> None:
             some = [items.pop(i) for i in wanted]
+            found = [u.view(item.param.shape) for item, u in zip(some, found, strict=True)]
             kernels.apply(some, found, [self._kinds[i].scale for i in wanted], count, self._caches[tuple(wanted)])
 
         self._prepare(members)

@@ -39,25 +39,23 @@ class Candidate(NamedTuple):
 
 
 class Traffic:
-    """Reads and writes what a rule's step does, and computes nothing. What it leaves in its tensors means nothing."""
+    """Reads and writes what a step of hf_cwd's C kernel does, in the same way, and computes nothing.
 
-    def __init__(self, params: Sequence[Tensor], name: str) -> None:
+    What it leaves in its tensors means nothing.
+    """
+
+    def __init__(self, params: list[Tensor], name: str) -> None:
         from hf_cwd.kernels import c
 
-        self.params, self.optimizer, self.run = list(params), _cwd(name, kernel="c")(list(params)), c.floor
+        self.kernel, self.optimizer = c, _cwd(name, kernel="c")(params)
         self.state = self.optimizer.state
 
     def step(self) -> None:
-        from hf_cwd import states
-
-        present = [p for p in self.params if p.grad is not None]
-        if any(p not in self.state for p in present):
+        update, self.kernel.update = self.kernel.update, lambda rule, items, count, cache: self.kernel.floor(items)
+        try:
             self.optimizer.step()
-            return
-        (group,) = self.optimizer.param_groups
-        given = states.settings(group)
-        with torch.no_grad():
-            self.run(states.advance(self.state, [states.Stepped(p, group, given) for p in present]))
+        finally:
+            self.kernel.update = update
 
 
 class Copy:

@@ -126,7 +126,8 @@ def kernels(say: Say, chosen: Kernels = KERNELS) -> None:
 
 def _true(truth: Any, table: list[Any], name: str, device: str, capturable: bool) -> tuple[bool | None, str]:
     module, start = importlib.import_module(f"hf_cwd.kernels.{name}"), time.monotonic()
-    found = truth.run(module, device, table, eager=name == "eager", capturable=capturable)
+    chosen = truth.for_capturable(table) if capturable else table
+    found = truth.run(module, device, chosen, eager=name == "eager", capturable=capturable)
     wrong = {case: problems for case, problems in found.items() if problems}
     first = "".join(f"; {case}: {problems[0]}" for case, problems in list(wrong.items())[:2])
     text = f"{len(found) - len(wrong)} of {len(found)} cases right in {time.monotonic() - start:.0f} s{first}"

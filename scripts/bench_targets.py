@@ -49,6 +49,8 @@ class Goal(NamedTuple):
 
     def __str__(self) -> str:
         found = "not measured" if self.measured is None else str(self.measured)
+        if self.measured is not None and self.measured.low == self.measured.high:
+            found = f"{self.measured.median:.3g}"
         return f"{self.text} <= {self.limit:.3g}: {found}: {self.verdict}"
 
 

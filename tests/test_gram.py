@@ -70,6 +70,16 @@ def test_float64_is_the_polynomial_of_the_singular_values(shape, form, coefficie
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@BOTH
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_coefficients_are_taken_in_order(steps, form):
+    """Of a table so gentle that the gram form's first block has three iterations."""
+    table = [(3.0, -3.0, 1.0), (2.0, -1.5, 0.5), (1.9, -1.3, 0.4), (1.7, -0.8, 0.1), (1.5, -0.5, 0.0)]
+    M = matrices((8, 13))
+    found = newton_schulz(M, coefficients=table, steps=steps, dtype=torch.float64, form=form)
+    torch.testing.assert_close(found, by_svd(M, table, steps), rtol=1e-10, atol=1e-10)
+
+
 @SHAPES
 @BOTH
 @TABLES
@@ -110,15 +120,6 @@ def test_gram_s_form_errs_no_more_than_the_standard_one(kind, coefficients, step
         exact = newton_schulz(M, dtype=torch.float64, form="standard", **options)
         standard, gram = (error(newton_schulz(M, form=f, dtype=dtype, **options), exact) for f in ("standard", "gram"))
         assert gram <= (1.1 * standard + 0.06 if dtype == torch.bfloat16 else 1.2 * standard + 8e-6)
-
-
-@pytest.mark.parametrize("kind", SPECTRA)
-def test_more_iterations_do_not_run_away(kind):
-    """Ten of the quintic, of which five are too many: errors of 0.1 to 1 in either form."""
-    M = with_spectrum(spectrum(kind, 96), 300)
-    exact = newton_schulz(M, dtype=torch.float64, form="standard", steps=10)
-    standard, gram = (error(newton_schulz(M, form=form, steps=10), exact) for form in ("standard", "gram"))
-    assert gram <= 1.5 * standard + 0.15
 
 
 # --- Properties ---
@@ -205,6 +206,14 @@ def test_flops_are_those_of_the_products_that_run(shape, steps, form):
     assert isinstance(flops(*shape, steps=steps, form=form), int)
 
 
+def test_flops_by_hand():
+    """3 x 7, five iterations. Quintic: X X^T and Q X twice, 9 + 5 squares; Polar Express: three times, 5 + 5 + 1."""
+    wide, square = 2 * 3 * 3 * 7, 2 * 3**3
+    assert flops(3, 7, form="standard") == 5 * (2 * wide + square)
+    assert flops(3, 7) == flops(7, 3, form="gram") == 4 * wide + 14 * square
+    assert flops(3, 7, coefficients="polar_express") == 6 * wide + 11 * square
+
+
 @pytest.mark.parametrize("steps", range(1, 10))
 @pytest.mark.parametrize("coefficients", ["polar_express", [(8.0, -9.0, 3.0), (1.5, -0.5, 0.0)], [(2.0, -1.5, 0.5)]])
 def test_flops_know_the_coefficients(coefficients, steps):
@@ -259,11 +268,6 @@ def test_auto_is_the_cheaper_form(shape, form):
 
 def test_one_iteration_is_never_cheaper_in_gram_s_form():
     assert {form_of(4, long, steps=1) for long in range(4, 100)} == {"standard"}
-
-
-@pytest.mark.parametrize("form", ["standard", "gram"])
-def test_a_form_that_is_asked_for_runs(form):
-    assert {form_of(*shape, steps=5, form=form) for shape in ((4, 4), (4, 40), (40, 4))} == {form}
 
 
 def test_the_rule_takes_the_form():

@@ -55,8 +55,8 @@ class Kernel(Protocol):
     def update(self, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
         """One step of an element-wise rule: direction, decay, apply."""
 
-    def directions(self, rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
-        """The directions before the matrix stage, as new contiguous tensors of ``dtype``; mutates the buffers."""
+    def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
+        """Writes the directions before the matrix stage to ``outs``, contiguous and of one dtype; mutates the buffers."""
 
     def apply(
         self,

@@ -35,12 +35,13 @@ def name(*more: str) -> str:
 
 
 def compiler() -> list[str]:
-    """The command of a C compiler: ``$CC``, or the first of cc, gcc, clang that is there."""
-    for command in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
+    """The command of a C compiler: ``$CC``, or without it the first of cc, gcc and clang that is there."""
+    asked = os.environ.get("CC")
+    for command in [asked] if asked else ["cc", "gcc", "clang"]:
         words = shlex.split(command)
         if words and shutil.which(words[0]):
             return words
-    raise BuildError("no C compiler was found ($CC, cc, gcc, clang)")
+    raise BuildError(f"CC={asked} was not found" if asked else "there is no C compiler (cc, gcc or clang; or set CC)")
 
 
 def version(command: list[str]) -> str:
@@ -85,14 +86,22 @@ def library() -> Path:
     for directory in _caches():
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not _is_ours(directory):
+                continue
             if not (directory / cached).exists():
                 build(directory / cached, command)
             return directory / cached
         except OSError:
             continue  # not writable: the next one
-    raise BuildError(f"none of {', '.join(map(str, _caches()))} can be written to")
+    raise BuildError(f"there is nowhere to build it: {' and '.join(map(str, _caches()))} cannot be written to")
 
 
 def _caches() -> list[Path]:
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_cwd"
     return [user, Path(tempfile.gettempdir()) / f"hf_cwd-{os.getuid()}"]
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether nobody else could have put a library there: it is going to be run."""
+    status = directory.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022

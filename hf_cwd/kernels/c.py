@@ -21,7 +21,6 @@ from hf_cwd.rules.base import Rule
 ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 = range(7)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASTER = 3
-CHUNK = 16384
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 OPERATIONS = {adamw.direction: ADAMW, lion.direction: LION, sgd.direction: MOMENTUM, muon.direction: MOMENTUM}
@@ -110,15 +109,14 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
+    del cache
     _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], count)
 
 
-def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
-    made = [torch.empty(item.grad.shape, dtype=dtype) for item in items]
-    outputs = (item._replace(param=u, remainder=None) for item, u in zip(items, made, strict=True))
+    outputs = (item._replace(param=u, remainder=None) for item, u in zip(items, outs, strict=True))
     _run(DIRECTIONS, rule, [(output, output.grad, 1.0) for output in outputs], None)
-    return made
 
 
 def apply(
@@ -129,6 +127,7 @@ def apply(
     cache: dict[Any, Any],
 ) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
+    del cache
     known = (item._replace(buffers=()) for item in items)
     _run(APPLY, None, list(zip(known, directions, scales, strict=True)), count)
 
@@ -139,49 +138,46 @@ def floor(items: Sequence[Item]) -> None:
     _run(op, None, [(item, item.grad, 1.0) for item in items], None)
 
 
-def _run(
-    op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]], count: DecayCount | None, level: int = -1
-) -> None:
+def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]], count: DecayCount | None) -> None:
     """One operation on ``(item, gradient or known direction, scale)``: one call for each combination of dtypes.
 
-    The tables are made anew each step: that costs no more than to compare every address with those of the last one.
+    The tables are made anew each step: that takes no longer than to compare every address with those of the last one.
     """
     numbers: list[Row] = []
     indices: dict[Any, int] = {}
     tables: dict[Any, list[int]] = {}
     for item, second, scale in works:
         param, _, buffers, remainder, step, settings = item
-        key = (id(settings), step, scale)
-        index = indices.get(key)
-        if index is None:
-            index = indices[key] = len(numbers)
+        index = indices.setdefault((id(settings), step, scale), len(numbers))
+        if index == len(numbers):
             made = row(rule, settings, step, scale)
             numbers.append(made if rule is not None else made._replace(grad_scale=1.0))  # a direction is as it is
-        states = tuple(t.dtype for t in buffers)
-        table = tables.setdefault((param.dtype, second.dtype, states, remainder is not None), [0])
-        numel, chunks = param.numel(), table[-1]
-        table += (
-            param.data_ptr(),
-            second.data_ptr(),
-            buffers[0].data_ptr() if buffers else 0,
-            buffers[1].data_ptr() if len(buffers) > 1 else 0,
-            remainder.data_ptr() if remainder is not None else 0,
-            numel,
-            index,
-            chunks + (numel + CHUNK - 1) // CHUNK,
+        dtypes = (param.dtype, second.dtype, tuple(t.dtype for t in buffers), remainder is not None)
+        numel = param.numel()
+        tables.setdefault(dtypes, []).extend(
+            (
+                param.data_ptr(),
+                second.data_ptr(),
+                buffers[0].data_ptr() if buffers else 0,
+                buffers[1].data_ptr() if len(buffers) > 1 else 0,
+                remainder.data_ptr() if remainder is not None else 0,
+                numel,
+                index,
+                0,
+            )
         )
         if count is not None and numbers[index].decays:
             count.total += numel
     rows = array("f", (number for made in numbers for number in made))
-    for (param, second, states, split), table in tables.items():
-        tensors = array("q", table[1:])
+    for (param_dtype, second_dtype, states, is_master), table in tables.items():
+        tensors = array("q", table)
         job = _Job(
             op if states else APPLY,  # without a buffer the direction is the gradient
-            MASTER if split else DTYPES[param],
-            DTYPES[second],
+            MASTER if is_master else DTYPES[param_dtype],
+            DTYPES[second_dtype],
             *([DTYPES[t] for t in states] + [0, 0])[:2],
             count is not None,
-            _level() if level < 0 else level,
+            _level(),
             threads(),
             len(tensors) // 8,
             tensors.buffer_info()[0],

@@ -13,10 +13,10 @@
 enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 };
 enum { F32, BF16, F16, MASTER }; /* MASTER: bf16 and an int16 remainder, which are an fp32 together */
 
-#define CHUNK 16384 /* elements of the pieces that threads share; as in kernels/c.py */
+#define CHUNK 16384 /* elements of the pieces that threads share: whole vectors of any length */
 #define STAGE 1024  /* elements that are widened to fp32 at a time: four such stages fit a level 1 cache */
 #define BLOCK 32    /* elements between prefetches, */
-#define AHEAD 512   /* and how far ahead those are */
+#define AHEAD 512   /* and how far ahead they reach */
 
 /* kernels/base.py has the meaning of each; the order is its own. */
 typedef struct {
@@ -27,13 +27,13 @@ typedef struct {
 /* One parameter. x: parameter, or the output of DIRECTIONS; g: gradient, or the direction of APPLY; m, v: states. */
 typedef struct {
     char *x, *g, *m, *v, *remainder;
-    int64_t numel, row, chunks; /* chunks: of this tensor and all before it */
+    int64_t numel, row, chunks; /* chunks: of this tensor and all before it, filled in by cwd_run */
 } Tensor;
 
 typedef struct {
     int op, x, g, m, v, count, level, threads; /* x, g, m, v: dtypes */
     int64_t tensors;
-    const Tensor *tensor;
+    Tensor *tensor;
     const Row *rows;
     int64_t next, counted; /* shared by the threads, zero at first */
 } Job;
@@ -159,6 +159,8 @@ ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
     CASE(APPLY, F32, F32, F32, F32, 0)                                                                                 \
     CASE(APPLY, F32, F32, F32, F32, 1)                                                                                 \
     CASE(FLOOR4, F32, F32, F32, F32, 0)                                                                                \
+    CASE(FLOOR4, BF16, BF16, F32, F32, 0)                                                                              \
+    CASE(FLOOR4, MASTER, BF16, F32, F32, 0)                                                                            \
     CASE(FLOOR3, F32, F32, F32, F32, 0)
 #define KEY(op, x, g, m, v, count) ((((((op)*4 + (x)) * 4 + (g)) * 4 + (m)) * 4 + (v)) * 2 + (count))
 
@@ -221,7 +223,8 @@ int cwd_level(void) {
 static void work(void *argument) {
     Job *job = argument;
     const Tensor *t = job->tensor;
-    int64_t counted = 0, before = 0, all = t[job->tensors - 1].chunks, next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
+    int64_t all = t[job->tensors - 1].chunks, next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
+    int64_t counted = 0, before = 0;
     while (next < all) {
         int64_t take = 1 + (all - next) / (8 * job->threads), end = next + take;
         if (!__atomic_compare_exchange_n(&job->next, &next, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
@@ -235,12 +238,18 @@ static void work(void *argument) {
     __atomic_fetch_add(&job->counted, counted, __ATOMIC_RELAXED);
 }
 
+const int cwd_chunk = CHUNK;
+
 /* Runs a job. team: GOMP_parallel of the OpenMP runtime that the process already has, so that there are not two whose
  * threads wait for each other's cores; NULL: this thread alone. */
 void cwd_run(Job *job, void (*team)(void (*)(void *), void *, unsigned, unsigned)) {
-    int64_t chunks = job->tensors ? job->tensor[job->tensors - 1].chunks : 0;
-    if (team && job->threads > 1 && chunks > 1)
+    int64_t chunks = 0, elements = 0;
+    for (int64_t t = 0; t < job->tensors; t++) {
+        elements += job->tensor[t].numel;
+        job->tensor[t].chunks = chunks += (job->tensor[t].numel + CHUNK - 1) / CHUNK;
+    }
+    if (team && job->threads > 1 && elements >= 2 * CHUNK) /* less is done before the others have woken up */
         team(work, job, (unsigned)job->threads, 0);
-    else if (chunks)
+    else if (elements)
         work(job);
 }

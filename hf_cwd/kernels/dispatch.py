@@ -15,7 +15,7 @@ from hf_cwd.kernels.base import Item
 from hf_cwd.rules.base import Rule
 
 KERNELS: dict[str, ModuleType] = {"eager": eager, "c": c, "triton": triton}
-FASTEST = {"cpu": "c", "cuda": "triton", "xpu": "triton"}
+FASTEST = {"cpu": "c", "cuda": "triton"}
 
 _logger = logging.getLogger("hf_cwd")
 
@@ -48,13 +48,10 @@ def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: d
         kernel.update(rule, [item for _, item in some], count, cache)
 
 
-def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
-    """The directions before the matrix stage, in the order of the items."""
-    found: dict[int, Tensor] = {}
-    for kernel, some in _by_kernel(rule, items, dtype).items():
-        new = kernel.directions(rule, [item for _, item in some], dtype, cache)
-        found.update(zip([position for position, _ in some], new, strict=True))
-    return [found[position] for position in range(len(items))]
+def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
+    """Writes the directions before the matrix stage to ``outs``, which are contiguous and of one dtype."""
+    for kernel, some in _by_kernel(rule, items, *{out.dtype for out in outs}).items():
+        kernel.directions(rule, [item for _, item in some], [outs[position] for position, _ in some], cache)
 
 
 def apply(

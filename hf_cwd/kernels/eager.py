@@ -47,19 +47,15 @@ def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: d
             _step(x, u, remainder, **decaying)
 
 
-def directions(rule: Rule, items: Sequence[Item], dtype: torch.dtype, cache: dict[Any, Any]) -> list[Tensor]:
+def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
     """The directions before the matrix stage, see :class:`hf_cwd.kernels.base.Kernel`."""
     del cache
-    found = []
-    for item in items:
-        u = torch.empty(item.grad.shape, dtype=dtype, device=item.grad.device)
+    for item, u in zip(items, outs, strict=True):
         number = wide(item.param.dtype)
         for out, g, *block in _blocks(u, item.grad, *item.buffers):
             state = [t.to(number) for t in block]
             out.copy_(_direction(rule, item, g.to(number), state))
             _narrow(state, block)
-        found.append(u)
-    return found
 
 
 def apply(

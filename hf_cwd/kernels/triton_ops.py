@@ -20,8 +20,6 @@ FIELDS = tl.constexpr(16)
 GRAD_SCALE, FIRST_WEIGHT, FIRST_FAR, SECOND_WEIGHT, SECOND_FAR, KEEP, TAKE, ROOT_SCALE = map(tl.constexpr, range(8))
 EPS, DIRECTION_SCALE, OPPOSED, ALIGNED, NEITHER, DECAYS, RATE, FORM = map(tl.constexpr, range(8, 16))
 
-# Bits of -0.0, the coefficient of an element that is not decayed.
-NOT_DECAYED = tl.constexpr(-(1 << 31))
 LEAST = tl.constexpr(2.0**-126)  # the smallest normal fp32
 
 # Words that describe what a row takes from the device, see hf_cwd.kernels.tables.
@@ -147,10 +145,10 @@ def _chunk(
         x = tl.fma(tl.load(row + RATE), u, decayed)
         _narrowed(x_at, remainder_at, x, valid, REMAINDER, MASKED)
         if COUNT:
-            among = coefficient.to(tl.int32, bitcast=True) != NOT_DECAYED
+            among = coefficient != 0
             if MASKED:
                 among = among & valid
-            counted = tl.where(tl.load(row + DECAYS) != 0, tl.sum(among.to(tl.int32), 0), 0)
+            counted = tl.sum(among.to(tl.int32), 0)
     return counted
 
 

@@ -4,7 +4,8 @@ One all-to-all in each direction a round, and one all-reduce of a byte a paramet
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Exchange:
     def run(
         self,
         present: Sequence[bool],
-        directions: Callable[[Sequence[int]], Sequence[Tensor]],
+        directions: Callable[[Sequence[int], Mapping[int, Tensor]], Sequence[Tensor]],
         apply: Callable[[Sequence[int], Sequence[Tensor]], None],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
@@ -70,8 +71,8 @@ class Exchange:
 
         Args:
             present: whether this rank has a gradient for each source.
-            directions: this rank's parts of some sources' directions, as new contiguous tensors; it is also asked for
-                sources that only other ranks have a gradient for.
+            directions: this rank's parts of some sources' directions, as new contiguous tensors, or in those that it is
+                given by source; it is also asked for sources that only other ranks have a gradient for.
             apply: takes those parts orthogonalised; matrices of a layout other than the default are scaled already.
             meanwhile: work that needs no matrix, done while the first round travels.
 
@@ -81,9 +82,9 @@ class Exchange:
         rounds, parts = self.itinerary.rounds, {}
         agreement, absent = self._agree(present)
 
-        def begin(sources: Sequence[int]) -> None:
+        def begin(sources: Sequence[int], outs: Mapping[int, Tensor] = MappingProxyType({})) -> None:
             some = [source for source in sources if source not in absent]
-            parts.update(zip(some, directions(some), strict=True))
+            parts.update(zip(some, directions(some, outs), strict=True))
 
         def end(sources: Sequence[int]) -> None:
             some = [source for source in sources if source not in absent]
@@ -114,8 +115,9 @@ class Exchange:
         incoming = gather(0) if rounds else None
         meanwhile()
         for sources, still in self.itinerary.chunks:
-            begin(sources)
-            stacks, matrices = self._assemble(still, parts, absent)
+            stacks, matrices = self._allocate(still)
+            begin(sources, {source: matrices[part.job] for source, part in still.whole.items()})
+            self._fill(still, matrices, parts, absent)
             self._orthogonalize(still.second, stacks, matrices)
             _keep(still, matrices, parts, absent)
             end(sources)
@@ -123,7 +125,8 @@ class Exchange:
         for k, round_ in enumerate(rounds):
             with _naming(incoming.what):
                 incoming.work.wait()
-            stacks, matrices = self._assemble(round_, parts, absent)
+            stacks, matrices = self._allocate(round_)
+            self._fill(round_, matrices, parts, absent)
             arrived = [p for peer in round_.gathered for p in peer if p.source not in absent]
             _unpack(incoming.received, [_of_matrix(matrices[p.job], p) for p in arrived])
             incoming = None  # frees its buffers before the next ones are made
@@ -194,18 +197,19 @@ class Exchange:
                 work = dist.all_to_all(list(received.split(sizes)), list(given), async_op=True)
         return Transfer(work, received, buffer, what)
 
-    def _assemble(
-        self, round_: Round, parts: dict[int, Tensor], absent: set[int]
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Batches by their first job and, in them, matrices by job, with what this rank itself holds of them."""
+    def _allocate(self, round_: Round) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Batches by their first job and, in them, matrices by job."""
         stacks, matrices = {}, {}
         for batch in (*round_.first, *round_.second):
             stack = torch.empty((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self._device)
             stacks[batch.jobs[0]] = stack
             matrices.update(zip(batch.jobs, stack, strict=True))
+        return stacks, matrices
+
+    def _fill(self, round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:
+        """Puts into matrices what this rank itself holds of them."""
         kept = [p for p in round_.kept if p.source not in absent]
         _copy([_of_matrix(matrices[p.job], p) for p in kept], [_of_local(parts[p.source], p) for p in kept])
-        return stacks, matrices
 
     def _orthogonalize(self, batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
         """Replaces the matrices of these batches by their results."""
@@ -220,6 +224,9 @@ def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], 
     own = [_of_local(parts[p.source], p) for p in kept]
     _copy(own, [_of_matrix(matrices[p.job], p) for p in kept])
     _scale([(view, p.scale) for view, p in zip(own, kept, strict=True)])
+    whole = [p for source, p in round_.whole.items() if source not in absent]
+    parts.update({p.source: matrices[p.job] for p in whole})
+    _scale([(matrices[p.job], p.scale) for p in whole])
 
 
 def _of_local(local: Tensor, part: Part) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ class Round:
         dtype: in which parts travel.
         replicated: whether results go to several replicas, on any rank.
         alike: for each peer, the first one that gets the same parts of the results: replicas do.
+        whole: by source, the parts that are not among ``kept``, because the local tensor is the matrix as it lies.
     """
 
     kept: list[Part]
@@ -65,6 +67,7 @@ class Round:
     second: list[Batch] = field(default_factory=list)
     replicated: bool = False
     alike: list[int] = field(default_factory=list)
+    whole: dict[int, Part] = field(default_factory=dict)
 
 
 class Itinerary:
@@ -183,6 +186,11 @@ class Itinerary:
         for number in numbers:
             self._enter(result, number)
         result.second = self._batches(numbers)
+        for part in result.kept:
+            segment, shape = part.segment, self._plan.jobs[part.job].shape
+            if len(here[part.source]) == 1 and segment.numel == prod(shape) and segment.is_contiguous:
+                result.whole[part.source] = part
+        result.kept = [part for part in result.kept if part.source not in result.whole]
         return result
 
     def _batches(self, numbers: Iterable[int]) -> list[Batch]:

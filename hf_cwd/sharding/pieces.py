@@ -49,6 +49,11 @@ class Segment(NamedTuple):
     def numel(self) -> int:
         return prod(self.size)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it lies at the beginning of the local tensor, row by row."""
+        return self.offset == 0 and self.strides == tuple(prod(self.size[i + 1 :]) for i in range(len(self.size)))
+
 
 class Replicate(NamedTuple):
     """Each rank of this mesh dimension holds the same."""

@@ -103,13 +103,28 @@ def test_a_kernel_that_refuses_or_fails():
     assert problems(CASES[UPDATE], update=lambda *_: 1 / 0) == ["raised ZeroDivisionError: division by zero"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda us: us[1:], lambda us: us[::-1], lambda us: [u.double() for u in us], lambda us: [u + 1 for u in us]],
-)
-def test_wrong_directions(change):
+def unwritten(rule, items, outs, cache):
+    for item, out in zip(items, outs, strict=True):
+        eager.directions(rule, [item], [torch.empty_like(out)], cache)
+
+
+def one_too_large(rule, items, outs, cache):
+    eager.directions(rule, items, outs, cache)
+    for out in outs:
+        out.add_(1)
+
+
+def beyond_the_end(rule, items, outs, cache):
+    longer = [out.as_strided((out.numel() + 1,), (1,)) for out in outs]
+    eager.directions(rule, items, outs, cache)
+    for out in longer:
+        out[-1] = 1
+
+
+@pytest.mark.parametrize("wrong", [unwritten, one_too_large, beyond_the_end])
+def test_wrong_directions(wrong):
     assert not problems(CASES[DIRECTIONS])
-    assert problems(CASES[DIRECTIONS], directions=lambda *given: change(eager.directions(*given)))
+    assert problems(CASES[DIRECTIONS], directions=wrong)
 
 
 def test_scales_and_directions_of_other_parameters():

@@ -15,6 +15,7 @@ from bench_stats import Interval, conclusive, median_interval, paired, verdict
 from bench_targets import goals
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_cwd.kernels import c
 from tests.launching import ROOT, launch
 
 TINY = "2*16x16,1*8x32,3*24"
@@ -199,6 +200,21 @@ def test_every_candidate_does_the_whole_step(memory):
     times = bench_rounds.rounds(ready, 3, "cpu", limit=60)
     assert {len(seconds) for seconds in times.step.values()} == {3}
     assert min(map(min, times.step.values())) > 0
+
+
+@pytest.mark.skipif(c.unavailable(torch.device("cpu")) is not None, reason="no C kernel here")
+@pytest.mark.parametrize(("name", "size"), [("floor_adamw", 28), ("floor_lion", 20)])
+def test_floor_moves_the_same_bytes(name, size):
+    update, table = c.update, shapes_of(TINY)
+    wanted = {key: CANDIDATES[key] for key in (*NEEDED, name)}
+    for memory, places in (("own", 3), ("shared", 2)):  # what it spoils is not shared with others
+        chosen = bench_rounds.plan(wanted, NEEDED, table, torch.float32, "cpu", memory)
+        ready = bench_rounds.prepared(chosen, wanted, table, torch.float32, "cpu")
+        assert ready[name].bytes == size * elements(table)
+        ready[name].optimizer.step()
+        assert len({each.params[0].data_ptr() for each in ready.values()}) == places
+        assert all(p.grad.ne(0).all() for p in ready[name].params)
+    assert c.update is update
 
 
 def test_counts_of_work():
