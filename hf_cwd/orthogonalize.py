@@ -76,7 +76,7 @@ def newton_schulz(
 
     They are equal but for rounding. The gram form costs less where X is more than 1.5 times as long as it is short, and
     ``auto`` is the one of fewer operations. With more rows than columns both work on ``X^T X`` from the right. All of
-    A, R, Z and Q are symmetric; large ones are computed by about half (CUDA: :mod:`hf_cwd.kernels.symmetric`).
+    A, R, Z and Q are symmetric; large ones are computed by about half (CUDA: :mod:`hf_cwd.symmetric`).
 
     Args:
         matrix: ``(..., rows, columns)``; leading dimensions are a batch of independent matrices. Not mutated.
@@ -253,7 +253,7 @@ def _halves(x: Tensor) -> Any:
 @cache
 def _kernels() -> ModuleType | None:
     try:
-        from hf_cwd.kernels import symmetric
+        from hf_cwd import symmetric
     except ImportError:  # torch has no Triton on this platform
         return None
     return symmetric

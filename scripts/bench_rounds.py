@@ -159,6 +159,17 @@ class Times(NamedTuple):
     host: dict[str, list[float]]
 
 
+def renew(params: Sequence[Tensor]) -> None:
+    """Gradients of equal shapes change places: in training, too, they lie elsewhere in each step."""
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for p in params:
+        alike.setdefault(p.shape, []).append(p)
+    for some in alike.values():
+        gradients = [p.grad for p in some]
+        for p, gradient in zip(some, gradients[1:] + gradients[:1], strict=True):
+            p.grad = gradient
+
+
 def rounds(ready: Mapping[str, Ready], pairs: int, device: str, limit: float, seed: int = 0) -> Times:
     """In each round every candidate steps once, in random order.
 
@@ -179,6 +190,7 @@ def rounds(ready: Mapping[str, Ready], pairs: int, device: str, limit: float, se
             if done > 0 and time.monotonic() - start > limit:
                 break
             for name in order.sample(names, len(names)):
+                renew(ready[name].params)
                 run = ready[name].optimizer.step
                 step, host = _on_cpu(run) if device == "cpu" else _on_gpu(run, delay[name])
                 if done >= 0:

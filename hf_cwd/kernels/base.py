@@ -56,7 +56,7 @@ class Kernel(Protocol):
         """One step of an element-wise rule: direction, decay, apply."""
 
     def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
-        """Writes the directions before the matrix stage to ``outs``, contiguous and of one dtype; mutates the buffers."""
+        """Writes the directions before the matrix stage to ``outs``, which are contiguous; mutates the buffers."""
 
     def apply(
         self,
@@ -72,9 +72,8 @@ class Kernel(Protocol):
 class Row(NamedTuple):
     """The numbers that a fused kernel reads, all float32: computed in double precision here, and rounded once.
 
-    A lerp from s to e is ``fma(w, e - s, s)`` with its weight w < 1/2, and ``fma(w - 1, e - s, e)`` otherwise, where w is
-    rounded first, as torch's; ``*_weight`` is w or w - 1, ``*_far`` is 1 in the second case. What a rule does not use
-    is 0.
+    A lerp from s to e is ``fma(w, e - s, s)`` for a weight w < 1/2, else ``fma(w - 1, e - s, e)``, where w is rounded
+    first, as torch's; ``*_weight`` is w or w - 1, ``*_far`` is 1 in the second case. What a rule does not use is 0.
 
     Attributes:
         grad_scale: multiplies the gradient first.

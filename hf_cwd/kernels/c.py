@@ -95,7 +95,8 @@ def threads() -> int:
 
 def about() -> str:
     """What runs here, for a line of log."""
-    return f"{LEVELS[max(0, _level())]}, {threads()} thread(s)"
+    count = threads()
+    return f"{LEVELS[max(0, _level())]}, {count} thread{'s' * (count != 1)}"
 
 
 def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:

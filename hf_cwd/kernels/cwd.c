@@ -134,7 +134,8 @@ ALWAYS_INLINE float momentum(const Row *r, float g, float *m) {
 ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
     uint32_t differ = (uint32_t)((int32_t)(bits(u) ^ bits(x)) >> 31);
     float known = number((bits(r->opposed) & differ) | (bits(r->aligned) & ~differ));
-    float coefficient = (fabsf(u) > 0) & (fabsf(x) > 0) ? known : r->neither;
+    int both = (fabsf(u) > 0) & (fabsf(x) > 0); /* NaN is neither */
+    float coefficient = both ? known : r->neither;
     *decayed += (r->decays != 0) & (bits(coefficient) != 0x80000000);
     return fmaf(r->rate, u, r->decays != 0 ? fmaf(coefficient, x, x) : x);
 }

@@ -22,7 +22,7 @@ def test_two_processes(tmp_path):
     done = launch(ROOT / "scripts/bench_exchange.py", "--processes", 2, *flags, cwd=tmp_path)
 
     layer = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
-    stage = Stage.of("muon", {"ns_steps": 5, "ns_dtype": "float32"})
+    stage = Stage.of("muon", {"ns": "auto", "ns_steps": 5, "ns_coefficients": "quintic", "ns_dtype": "float32"})
     mesh = Mesh((2,), (0, 1), (Shard(0),))
     entries = [Entry(str(i), shape, Layout(), mesh, stage, torch.float32, i) for i, shape in enumerate(layer * LAYERS)]
     planned = plan(entries, exchange_bytes=EXCHANGE_BYTES)

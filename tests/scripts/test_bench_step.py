@@ -1,7 +1,6 @@
-"""bench_step.py and its parts: statistics with known answers, shapes of real models, memory, and a run of a second."""
+"""bench_step.py and its parts: shapes of real models, memory, goals, and a run of a second."""
 
 import json
-import random
 
 import bench_candidates
 import bench_rounds
@@ -11,7 +10,6 @@ import torch
 from bench_candidates import CANDIDATES, Candidate, candidates, iteration_flops, states, traffic, try_out
 from bench_machine import machine, peak_of
 from bench_shapes import elements, largest_aspect, least_aspect, shapes_of
-from bench_stats import Interval, conclusive, median_interval, paired, verdict
 from bench_targets import goals
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -19,61 +17,6 @@ from hf_cwd.kernels import c
 from tests.launching import ROOT, launch
 
 TINY = "2*16x16,1*8x32,3*24"
-
-
-# The tables of the sign test: order statistics whose interval has at least 95 % coverage, and the next has not.
-@pytest.mark.parametrize(("n", "k"), [(6, 1), (9, 2), (20, 6), (100, 40), (1000, 469)])
-def test_interval_is_that_of_the_sign_test(n, k):
-    values = list(range(1, n + 1))
-    random.Random(0).shuffle(values)
-    found = median_interval(values)
-    assert (found.low, found.high, found.count) == (k, n + 1 - k, n)
-    assert found.median == (n + 1) / 2
-    assert found.coverage >= 0.95
-
-
-@pytest.mark.parametrize(("n", "coverage"), [(1, 0), (2, 0.5), (5, 0.9375)])
-def test_few_values_have_the_coverage_that_they_have(n, coverage):
-    found = median_interval(range(n))
-    assert (found.low, found.high, found.coverage) == (0, n - 1, coverage)
-
-
-def test_interval_covers_the_true_median_of_skewed_noise():
-    draw = random.Random(1)
-    found = [median_interval([draw.lognormvariate(0, 0.5) for _ in range(25)]) for _ in range(600)]
-    covered = sum(each.low <= 1 <= each.high for each in found) / len(found)
-    assert abs(covered - found[0].coverage) < 0.03  # three standard deviations of 600 trials
-
-
-def test_no_value_is_refused():
-    with pytest.raises(ValueError, match="at least one"):
-        median_interval([])
-
-
-def test_ratios_are_paired():
-    slow = [1.0, 10.0, 100.0, 1000.0, 2.0, 3.0]  # the machine's, not the candidate's
-    found = paired([0.9 * value for value in slow], slow)
-    assert found.low == pytest.approx(0.9)
-    assert found.high == pytest.approx(0.9)
-    assert paired([2.0] * 6, [1.0] * 6, factor=0.25).median == 0.5
-
-
-@pytest.mark.parametrize(
-    ("noise", "bias", "rounds", "trusted"),
-    [(0.02, 1.0, 100, True), (0.02, 1.05, 100, False), (0.6, 1.0, 30, False), (0.0, 1.0, 5, False)],
-    ids=["quiet", "biased", "noisy", "few"],
-)
-def test_a_candidate_against_itself(noise, bias, rounds, trusted):
-    draw = random.Random(2)
-    one, other = ([1 + draw.gauss(0, noise) for _ in range(rounds)] for _ in range(2))
-    assert conclusive(paired([bias * abs(value) for value in one], other)) is trusted
-
-
-@pytest.mark.parametrize(("low", "high", "expected"), [(0.9, 1.0, "holds"), (0.9, 1.1, "open"), (1.01, 1.1, "misses")])
-def test_verdicts(low, high, expected):
-    assert verdict(Interval(0.95, low, high, 0.96, 100), 1.0) == expected
-    assert verdict(Interval(0.95, low, high, 0.96, 100), 1.0, trusted=False) == "inconclusive"
-    assert verdict(Interval(0.95, low, high, 0.75, 3), 1.0) == "inconclusive"
 
 
 def llama(vocabulary, hidden, inner, layers, heads, key_value_heads):
@@ -215,6 +158,14 @@ def test_floor_moves_the_same_bytes(name, size):
         assert len({each.params[0].data_ptr() for each in ready.values()}) == places
         assert all(p.grad.ne(0).all() for p in ready[name].params)
     assert c.update is update
+
+
+def test_gradients_change_places():
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 2, 2)]
+    for value, p in enumerate(params):
+        p.grad = torch.full_like(p, value)
+    bench_rounds.renew(params)
+    assert [p.grad[0].item() for p in params] == [2, 1, 3, 0]
 
 
 def test_counts_of_work():

@@ -100,7 +100,8 @@ def test_replicas_get_one_packed_result(tmp_path):
 
 
 def test_what_would_not_be_orthogonalised_is_refused():
-    halves, stage = pieces.Mesh((2,), (0, 1), (pieces.Shard(0),)), Stage.of("muon", {"ns": "auto", "ns_steps": 5})
+    halves = pieces.Mesh((2,), (0, 1), (pieces.Shard(0),))
+    stage = Stage.of("muon", {"ns": "auto", "ns_steps": 5, "ns_coefficients": "quintic"})
     planned = plan([Entry("layer.weight", (4, 6), Layout(), halves, stage, torch.float32, 0)])
     Itinerary(planned, 0, peers=(0, 1), local_sizes=[12], batch_bytes=0)
     with pytest.raises(ValueError, match=r"layer\.weight .*12 of the 18 elements .* would not be orthogonalised"):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from hf_cwd import orthogonalize
-from hf_cwd.kernels import symmetric
-from hf_cwd.kernels.symmetric import Tiles, symmetric_gram, symmetric_product, tiles_for
+from hf_cwd import orthogonalize, symmetric
+from hf_cwd.symmetric import Tiles, symmetric_gram, symmetric_product, tiles_for
 
 
 class _Whole(type):
