@@ -16,7 +16,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,11 @@ def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) 
     exchange = build(sources, share=args.share, exchange_bytes=args.exchange_bytes)
     # Directions are there already, and results take their place: what a rule computes is not measured.
     parts, present = [dtensor.local(p).clone() for p in params], [True] * len(params)
-    return exchange, lambda: exchange.run(present, parts.__getitem__, lambda i, u: None)
+
+    def directions(wanted: Sequence[int], outs: Mapping[int, Tensor]) -> list[Tensor]:
+        return [outs[i].copy_(parts[i]) if i in outs else parts[i] for i in wanted]
+
+    return exchange, lambda: exchange.run(present, directions, lambda wanted, found: None)
 
 
 def alone(exchange: Exchange, device: torch.device) -> Callable:
