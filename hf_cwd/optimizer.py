@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hf_cwd import kernels, states
 from hf_cwd.decay import DecayCount
-from hf_cwd.kernels.base import Item
 from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.refusals import check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
@@ -208,14 +207,22 @@ class CWDOptimizer(torch.optim.Optimizer):
         return members
 
     def _step_elementwise(self) -> None:
-        by_rule: dict[Rule, list[Item]] = {}
+        by_rule: dict[Rule, list[dict[str, Any]]] = {}
         for group in self.param_groups:
             if (rule := _rule(group["algorithm"])).matrix is None:
-                params = [p for p in group["params"] if p.grad is not None]
-                items = states.advance(self.state, params, group, states.settings(group))
-                by_rule.setdefault(rule, []).extend(items)
-        for rule, items in by_rule.items():
-            kernels.update(rule, items, self.decay_count, self._cache)
+                by_rule.setdefault(rule, []).append(group)
+        for rule, groups in by_rule.items():
+            params = [[p for p in group["params"] if p.grad is not None] for group in groups]
+            given = [states.settings(group) for group in groups]
+            last: states.Steady | None = self._cache.get(rule)
+            steady = last is not None and last.advance(self.state, groups, params, given)
+            if steady:
+                items = last.items
+            else:
+                each = zip(params, groups, given, strict=True)
+                items = [item for one in each for item in states.advance(self.state, *one)]
+                self._cache[rule] = states.Steady.of(self.state, groups, params, items)
+            kernels.update(rule, items, self.decay_count, self._cache, steady=steady)
 
     def _describe(self, number: int, position: int) -> str:
         """A parameter in words, with its name where the optimizer was given names."""

@@ -35,18 +35,17 @@ def problem(p: Tensor, needs_matrices: bool) -> str | None:
             "was a matrix when the optimizer was made and has been flattened since (FSDP version 1, DeepSpeed ZeRO): "
             "its rule needs whole matrices. Use FSDP with fsdp_version: 2, or an element-wise rule such as cwd_adamw"
         )
-    if p.grad is None:
+    grad = p.grad
+    if grad is None or (grad.layout is torch.strided and not grad.is_complex() and not grad.is_meta):
         return None
-    if p.grad.layout != torch.strided:
+    if grad.layout != torch.strided:
         return (
             "has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
             "decayed too. Use sparse=False in nn.Embedding"
         )
-    if p.grad.is_complex():
+    if grad.is_complex():
         return "has a complex gradient: a sign is defined for real numbers only"
-    if p.grad.is_meta:
-        return "has a gradient on the meta device, which holds no numbers: materialise the model"
-    return None
+    return "has a gradient on the meta device, which holds no numbers: materialise the model"
 
 
 def check_masters(groups: Sequence[Mapping[str, Any]]) -> None:

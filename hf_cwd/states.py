@@ -1,6 +1,7 @@
 """A parameter's state: made at its first gradient, advanced once a step, handed to the kernels as this rank's part."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -79,3 +80,91 @@ def advance(
         # On a CPU this is a loop, which would make a tensor of a plain 1 again and again.
         torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
     return items
+
+
+class Steady:
+    """The items of an optimizer's last step, given out again while only gradients, steps and settings change.
+
+    To look at every tensor of a few hundred parameters anew takes longer than a GPU needs for the step. What is
+    compared instead: the parameters are the same and all have gradients, of the same dtypes; parameters and states lie
+    where they lay.
+
+    Args:
+        states: the optimizer's.
+        groups: parameter groups.
+        params: for each group its parameters with a gradient.
+        items: of all of them, in order, just advanced.
+    """
+
+    def __init__(
+        self,
+        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+        params: Sequence[Sequence[Tensor]],
+        items: Sequence[Item],
+    ) -> None:
+        self.items = list(items)
+        self._params = [p for some in params for p in some]
+        self._own = [states[p] for p in self._params]
+        self._keys = [keys(group, p.dtype) for group, some in zip(groups, params, strict=True) for p in some]
+        self._kind, self._dtypes, self._lying = _kind(groups, params), [i.grad.dtype for i in items], self._addresses()
+        # The counts of all parameters as one tensor, of which each has an element: one operation counts a step.
+        self._count = torch.stack([state["step"] for state in self._own])
+        self._steps = list(self._count.unbind())
+        for state, step in zip(self._own, self._steps, strict=True):
+            state["step"] = step
+
+    @classmethod
+    def of(
+        cls,
+        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+        params: Sequence[Sequence[Tensor]],
+        items: Sequence[Item],
+    ) -> "Steady | None":
+        """None where parameters are sharded: their parts are other tensors in each step."""
+        if not items or any(is_dtensor(p) for some in params for p in some):
+            return None
+        return cls(states, groups, params, items)
+
+    def advance(
+        self,
+        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+        params: Sequence[Sequence[Tensor]],
+        given: Sequence[Settings],
+    ) -> bool:
+        """Counts a step and brings the items up to date; False, and nothing is done, where they do not fit."""
+        found = [p for some in params for p in some]
+        gradients = [p.grad for p in found]
+        fits = (
+            _kind(groups, params) == self._kind
+            and all(map(is_, found, self._params))
+            and all(map(is_, [states[p] for p in found], self._own))
+            and all(map(is_, [state.get("step") for state in self._own], self._steps))
+            and self._addresses() == self._lying
+            and [g.dtype for g in gradients] == self._dtypes
+            and all(map(Tensor.is_contiguous, gradients))
+        )
+        if not fits:
+            return False
+        self._count.add_(1)
+        steps = self._steps if given[0].capturable else map(int, self._count.tolist())
+        each = [now for now, some in zip(given, params, strict=True) for _ in some]
+        for item, grad, step, now in zip(self.items, gradients, steps, each, strict=True):
+            item.grad, item.step, item.settings = grad, step, now
+        return True
+
+    def _addresses(self) -> list[int]:
+        tensors = [state.get(key) for state, names in zip(self._own, self._keys, strict=True) for key in names]
+        return [-1 if t is None else t.data_ptr() for t in (*self._params, *tensors)]
+
+
+def _kind(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]]) -> list[tuple[Any, ...]]:
+    """What of groups decides which kernels and states there are."""
+    names = ("algorithm", "kernel", "capturable", "master", "state_dtype")
+    states = [RULES[group["algorithm"]].state_keys(group) for group in groups]
+    return [
+        (len(some), own, *[group[name] for name in names])
+        for group, some, own in zip(groups, params, states, strict=True)
+    ]

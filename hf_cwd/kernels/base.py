@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,8 @@ class Settings(NamedTuple):
     capturable: bool
 
 
-class Item(NamedTuple):
+@dataclass(slots=True)
+class Item:
     """One parameter's part on this rank. All tensors have its shape and lie alike in memory.
 
     Attributes:
@@ -52,8 +54,15 @@ class Kernel(Protocol):
     def refusal(self, rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
         """Why it cannot run a rule on (param, grad, states); None if it can. ``rule`` None: apply, (param, u)."""
 
-    def update(self, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
-        """One step of an element-wise rule: direction, decay, apply."""
+    def update(
+        self, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool
+    ) -> None:
+        """One step of an element-wise rule: direction, decay, apply.
+
+        ``steady``: the items are those of the last call with this cache, and nothing of them has changed but gradients,
+        of the same dtypes, and alike in items that had them alike, steps and settings. A kernel may then spare itself
+        to look at each of them.
+        """
 
     def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
         """Writes the directions before the matrix stage to ``outs``, which are contiguous; mutates the buffers."""

@@ -97,8 +97,9 @@ def library() -> Path:
 
 
 def _caches() -> list[Path]:
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_cwd"
-    return [user, Path(tempfile.gettempdir()) / f"hf_cwd-{os.getuid()}"]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    own = [user / "hf_cwd"] if user.is_absolute() else []  # in a container a user may have no home
+    return [*own, Path(tempfile.gettempdir()) / f"hf_cwd-{os.getuid()}"]
 
 
 def _is_ours(directory: Path) -> bool:

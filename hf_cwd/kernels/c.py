@@ -5,6 +5,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache as once
 from typing import Any
 
@@ -108,7 +109,9 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return next((text for text, t in zip(refused, dtypes, strict=True) if t not in DTYPES), None)
 
 
-def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+def update(
+    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
     del cache
     _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], count)
@@ -116,7 +119,7 @@ def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: d
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
-    outputs = (item._replace(param=u, remainder=None) for item, u in zip(items, outs, strict=True))
+    outputs = (replace(item, param=u, remainder=None) for item, u in zip(items, outs, strict=True))
     _run(DIRECTIONS, rule, [(output, output.grad, 1.0) for output in outputs], None)
 
 
@@ -129,7 +132,7 @@ def apply(
 ) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
     del cache
-    known = (item._replace(buffers=()) for item in items)
+    known = (replace(item, buffers=()) for item in items)
     _run(APPLY, None, list(zip(known, directions, scales, strict=True)), count)
 
 
@@ -148,10 +151,10 @@ def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]]
     indices: dict[Any, int] = {}
     tables: dict[Any, list[int]] = {}
     for item, second, scale in works:
-        param, _, buffers, remainder, step, settings = item
-        index = indices.setdefault((id(settings), step, scale), len(numbers))
+        param, buffers, remainder = item.param, item.buffers, item.remainder
+        index = indices.setdefault((id(item.settings), item.step, scale), len(numbers))
         if index == len(numbers):
-            made = row(rule, settings, step, scale)
+            made = row(rule, item.settings, item.step, scale)
             numbers.append(made if rule is not None else made._replace(grad_scale=1.0))  # a direction is as it is
         dtypes = (param.dtype, second.dtype, tuple(t.dtype for t in buffers), remainder is not None)
         numel = param.numel()

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -42,10 +43,19 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return None if name == "eager" else KERNELS[name].unavailable(device)
 
 
-def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+def update(
+    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`; each item by its kernel."""
-    for kernel, some in _by_kernel(rule, items, flat=True).items():
-        kernel.update(rule, [item for _, item in some], count, cache)
+    place = ("kernels", rule)
+    found = cache.get(place) if steady else None
+    if found is None:
+        found = {kernel: [item for _, item in some] for kernel, some in _by_kernel(rule, items, flat=True).items()}
+        # Not where an item is given in another form: that would not see its next gradient.
+        own = set(map(id, items))
+        cache[place] = found if all(id(item) in own for some in found.values() for item in some) else None
+    for kernel, some in found.items():
+        kernel.update(rule, some, count, cache, steady=steady)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
@@ -62,7 +72,7 @@ def apply(
     cache: dict[Any, Any],
 ) -> None:
     """Decay, and apply directions that are known and contiguous."""
-    known = [item._replace(grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
+    known = [replace(item, grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
     for kernel, some in _by_kernel(None, known).items():
         chosen = [position for position, _ in some]
         kernel.apply(
@@ -77,7 +87,7 @@ def _by_kernel(
     found: dict[ModuleType, list[tuple[int, Item]]] = {}
     known: Any = None
     for position, item in enumerate(items):
-        param, grad, buffers, _, _, settings = item
+        param, grad, buffers, settings = item.param, item.grad, item.buffers, item.settings
         key = (settings, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
         if key != known:  # neighbours are mostly alike
             known, kernel = key, _kernel(settings.kernel, param.device, rule, key[1:])
@@ -129,7 +139,7 @@ def _flat(item: Item) -> Item | None:
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     param, grad, *states = (t.as_strided((t.numel(),), (1,)) for t in (param, grad, *states))
     buffers, rest = tuple(states[: len(item.buffers)]), states[len(item.buffers) :]
-    return item._replace(param=param, grad=grad, buffers=buffers, remainder=rest[0] if rest else None)
+    return replace(item, param=param, grad=grad, buffers=buffers, remainder=rest[0] if rest else None)
 
 
 def _is_dense(tensor: Tensor) -> bool:

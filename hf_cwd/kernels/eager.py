@@ -34,9 +34,11 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None
 
 
-def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+def update(
+    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
-    del cache
+    del cache, steady
     for item in items:
         decaying = _decaying(item.settings, count)
         for g, x, remainder, *block in _blocks(item.grad, item.param, item.remainder, *item.buffers):

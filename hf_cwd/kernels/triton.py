@@ -8,7 +8,7 @@ gradients move, one small copy a step goes to the device. A twin of :mod:`hf_cwd
 import functools
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -64,8 +64,12 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return "states of different dtypes" if len(set(states)) > 1 else None
 
 
-def update(rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> None:
+def update(
+    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
+    if steady and _rerun(OPERATIONS[rule.direction], rule, items, count, cache):
+        return
     tasks = [
         (i.param, i.grad, *i.buffers) if i.remainder is None else (i.param, i.grad, *i.buffers, i.remainder)
         for i in items
@@ -108,15 +112,36 @@ def _run(
         return
     device = tasks[0][0].device
     own = cache.setdefault(("triton", operation, device), tables.Tables())
-    with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        new = tables.rows(rule, items, scales)
-        table = own.written(tasks, new, block=BLOCK, capturing=capturing)
-        if new.sources:
-            kernels().fill_rows[(len(new.rows),)](table.sources, table.numbers, table.templates, table.rows, **_EXACT)
-        counter = None if count is None else torch.zeros((), dtype=torch.int64, device=device)
-        for launch in table.launches:
-            _launch(operation, launch, table.rows, counter)
+    with _on(device):
+        new, capturing = tables.rows(rule, items, scales), _capturing(device)
+        _launches(operation, own.written(tasks, new, block=BLOCK, capturing=capturing), items, count)
+
+
+def _rerun(operation: str, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> bool:
+    """Launches an operation on the tables of the last step, if they are there and fit."""
+    device = items[0].param.device
+    own = cache.get(("triton", operation, device))
+    with _on(device):
+        table = None if own is None or _capturing(device) else own.rewritten(rule, items)
+        if table is not None:
+            _launches(operation, table, items, count)
+    return table is not None
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _launches(operation: str, table: tables.Table, items: Sequence[Item], count: DecayCount | None) -> None:
+    if table.is_computed:
+        kernels().fill_rows[(table.used,)](table.sources, table.numbers, table.templates, table.rows, **_EXACT)
+    counter = None if count is None else torch.zeros((), dtype=torch.int64, device=table.device)
+    for launch in table.launches:
+        _launch(operation, launch, table.rows, counter)
     if count is not None:
         count.decayed = count.decayed + counter
         count.total += sum(item.param.numel() for item in items if item.settings.weight_decay != 0)

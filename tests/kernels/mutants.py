@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -104,7 +105,7 @@ class Mutated:
         self.kernel, self.change, self.refusal = kernel, change, kernel.refusal
 
     def _changed(self, items: Sequence[base.Item]) -> list[base.Item]:
-        return [item._replace(settings=self.change(item.settings)) for item in items]
+        return [replace(item, settings=self.change(item.settings)) for item in items]
 
     def update(self, rule: Any, items: Sequence[base.Item], *rest: Any) -> None:
         self.kernel.update(rule, self._changed(items), *rest)

@@ -132,6 +132,23 @@ def test_the_number_of_threads_changes_nothing(threads):
         assert all(map(torch.equal, _stepped(), right))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_master", [False, True])
+def test_nan_stays_nan(level, dtype, is_master):
+    """Whatever its payload: rounded like a number, the largest ones would become a zero and the least infinity."""
+    if is_master and dtype != torch.bfloat16:
+        return
+    bits = torch.tensor(
+        [0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF, 0x7FC00000, -0x400000, 0x7F80FFFF] * 9, dtype=torch.int32
+    )
+    x, remainder = torch.ones(len(bits), dtype=dtype), torch.zeros(len(bits), dtype=torch.int16) if is_master else None
+    with mock.patch.object(c, "_level", return_value=level):
+        c.apply([Item(x, x, (), remainder, 1, _settings())], [bits.view(torch.float32)], [1.0], None, {})
+    assert x.isnan().all()
+    assert remainder is None or not remainder.any()
+
+
 def test_levels_are_the_processor_s():
     if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
         pytest.skip("no list of an x86-64's features")
@@ -176,35 +193,42 @@ def _child(script: str) -> str:
     return done.stdout
 
 
-STEP = """
-import os, pathlib, re, torch
-from hf_cwd.kernels import c
-from tests.kernels.test_c import _stepped
-def runtimes():
-    maps = pathlib.Path("/proc/self/maps").read_text()
-    return set(re.findall(r"\\S*/lib(?:[gi]?omp)[^/\\s]*", maps))
-"""
-
-
 def test_the_openmp_runtime_is_torch_s():
     """A second one would spin on the cores that the first one's threads need."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("no list of what is loaded")
-    script = STEP + (
-        "torch.ones(1 << 20).add_(1)\nbefore = runtimes()\n_stepped()\nprint(len(before), before == runtimes(), c.about())"
-    )
+    script = """
+import pathlib, re, torch
+from tests.kernels.test_c import _stepped, c
+def runtimes():
+    return set(re.findall(r"\\S*/lib(?:[gi]?omp)[^/\\s]*", pathlib.Path("/proc/self/maps").read_text()))
+torch.ones(1 << 20).add_(1)
+before = runtimes()
+_stepped()
+print(len(before), before == runtimes(), c.about())
+"""
     assert _child(script).split(maxsplit=2) == ["1", "True", f"{c.LEVELS[c._level()]}, 2 threads\n"]
 
 
 def test_after_a_fork():
-    """The runtime's threads stay behind in the parent; a child that waited for them would wait for ever."""
-    script = STEP + (
-        "right = _stepped()\n"
-        "child = os.fork()\n"
-        "if not child:\n"
-        "    os._exit(0 if c.threads() == 1 and all(map(torch.equal, _stepped(), right)) else 1)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), c.threads())"
-    )
+    """The runtime's threads stay behind in the parent; a child that waited for them would wait for ever.
+
+    The child calls nothing of torch that has threads: that does wait.
+    """
+    script = """
+import os, signal
+from tests.kernels.test_c import MIXED, RULES, _items, _settings, c
+def step(items):
+    c.update(RULES["adamw"], items, None, {})
+    return [t.numpy().tobytes() for item in items for t in (item.param, *item.buffers)]
+here, there = (_items(MIXED, (_settings(),)) for _ in range(2))
+right = step(here)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    os._exit(0 if c.threads() == 1 and step(there) == right else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), c.threads())
+"""
     assert _child(script) == "0 2\n"
 
 

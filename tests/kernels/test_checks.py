@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_kernel_that_trusts_yesterday_s_tensors():
 def test_a_step_that_is_not_read_anew():
     def update(rule, items, count, cache):
         steps = cache.setdefault("steps", [item.step for item in items])
-        changed = [item._replace(step=step) for item, step in zip(items, steps, strict=True)]
+        changed = [replace(item, step=step) for item, step in zip(items, steps, strict=True)]
         eager.update(rule, changed, count, cache)
 
     assert not problems(CASES["adamw three calls"])

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_items_of_a_few_settings_share_rows():
     assert not rows.sources
     assert tables.rows(None, items, [1.0] * 12).places == [0, 1] * 6, "to decay and apply, the step does not matter"
     steps = [torch.ones(()), torch.ones(())]
-    items = [item._replace(step=steps[k % 2]) for k, item in enumerate(items)]
+    items = [replace(item, step=steps[k % 2]) for k, item in enumerate(items)]
     assert tables.rows(RULES["adamw"], items, [1.0] * 12).places == [0, 1] * 6
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import base, tables, triton
 from hf_cwd.rules import RULES
+from tests import steady
 from tests.kernels.followed import HYPER, Followed, settings
 
 CASES: dict[str, Callable[[], Iterator[str]]] = {}
@@ -157,8 +159,8 @@ def only_what_changed_travels() -> Iterator[str]:
     one, cache = Followed("lion", 64, seed=1), {}
     item = one.item()
     versions = []
-    moves = [item, item, item._replace(step=2), item._replace(grad=one.grad.clone())]
-    moves.append(moves[-1]._replace(settings=settings("lion", lr=1e-3)))
+    moves = [item, item, replace(item, step=2), replace(item, grad=one.grad.clone())]
+    moves.append(replace(moves[-1], settings=settings("lion", lr=1e-3)))
     for move in [*moves, moves[-1]]:
         triton.update(RULES["lion"], [move], None, cache)
         (own,) = cache.values()
@@ -167,6 +169,13 @@ def only_what_changed_travels() -> Iterator[str]:
     changes = [after - before for before, after in itertools.pairwise(versions)]
     if changes != [0, 0, 1, 1, 0]:  # Lion's row does not know the step
         yield f"copies after the first: {changes}"
+
+
+@case
+def items_that_are_kept() -> Iterator[str]:
+    """On the tables of the last step, whatever changed in between."""
+    for rule in HYPER:
+        yield from (f"{rule}: {text}" for text in steady.problems(rule, "triton"))
 
 
 @case
