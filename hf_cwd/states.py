@@ -87,7 +87,7 @@ class Steady:
 
     To look at every tensor of a few hundred parameters anew takes longer than a GPU needs for the step. What is
     compared instead: the parameters are the same and all have gradients, of the same dtypes; parameters and states lie
-    where they lay.
+    where they lay; nobody else has counted.
 
     Args:
         states: the optimizer's.
@@ -113,6 +113,8 @@ class Steady:
         self._steps = list(self._count.unbind())
         for state, step in zip(self._own, self._steps, strict=True):
             state["step"] = step
+        self._on_device = items[0].settings.capturable
+        self._numbers = [] if self._on_device else self._count.tolist()
 
     @classmethod
     def of(
@@ -145,11 +147,13 @@ class Steady:
             and self._addresses() == self._lying
             and [g.dtype for g in gradients] == self._dtypes
             and all(map(Tensor.is_contiguous, gradients))
+            and (self._on_device or self._count.tolist() == self._numbers)
         )
         if not fits:
             return False
         self._count.add_(1)
-        steps = self._steps if given[0].capturable else map(int, self._count.tolist())
+        self._numbers = [] if self._on_device else self._count.tolist()
+        steps = self._steps if self._on_device else map(int, self._numbers)
         each = [now for now, some in zip(given, params, strict=True) for _ in some]
         for item, grad, step, now in zip(self.items, gradients, steps, each, strict=True):
             item.grad, item.step, item.settings = grad, step, now

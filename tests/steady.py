@@ -68,7 +68,7 @@ CHANGES = [
     *(nothing, nothing, lr, no_gradient, another_state_tensor, other_memory, options, transposed_gradient, loaded),
     *(nothing, counted_by_hand, another_count, without_state, nothing, another_group),
 ]
-KEEP_STEADY = {nothing, lr, options, counted_by_hand}
+KEEP_STEADY = {nothing, lr, options}
 
 
 def problems(rule: str, kernel: str) -> Iterator[str]:
