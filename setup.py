@@ -41,7 +41,7 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1"],
     extras_require={
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
-        "test": ["deepspeed", "gguf", "numpy", "pytest", "ruff", "scikit-learn"],
+        "test": ["deepspeed", "gguf", "numpy", "pytest", "ruff", "scikit-learn", "triton; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["hf-cwd = hf_cwd.cli:main"]},
 )

@@ -30,6 +30,10 @@ def select(name: str, device: torch.device) -> ModuleType:
     wanted = FASTEST.get(device.type, "eager") if name == "auto" else name
     reason = unavailable(wanted, device)
     if reason is None:
+        if wanted == "c" and c.threads() < torch.get_num_threads():
+            _say_once(
+                f"the C kernel runs in one thread ({c.about()}): torch's OpenMP runtime was not found, or has forked"
+            )
         return KERNELS[wanted]
     if name != "auto":
         raise ValueError(f"kernel={name!r} cannot run on {device.type}: {reason}. Leave kernel at 'auto', or mend that")
@@ -150,6 +154,11 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.info(message)
 
 
 @functools.cache
