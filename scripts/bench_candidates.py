@@ -51,7 +51,10 @@ class Traffic:
         self.state = self.optimizer.state
 
     def step(self) -> None:
-        update, self.kernel.update = self.kernel.update, lambda rule, items, count, cache: self.kernel.floor(items)
+        def floor(rule: Any, items: Any, count: Any, cache: Any, *, steady: bool) -> None:
+            self.kernel.floor(items)
+
+        update, self.kernel.update = self.kernel.update, floor
         try:
             self.optimizer.step()
         finally:
