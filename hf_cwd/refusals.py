@@ -1,6 +1,7 @@
 """What the optimizer refuses, in words: arguments, parameters and gradients that cannot be stepped."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ def refuse_torch_kernels(options: dict[str, Any]) -> None:
     for name, reason in instead.items():
         if options.pop(name, None):
             raise ValueError(f"{name}=True is not supported: {reason}. Leave {name} out")
+
+
+_LOOK = attrgetter("layout", "is_meta")
+
+
+def all_plain(params: Sequence[Tensor]) -> bool:
+    """Whether no gradient is sparse, complex or meta, in a fraction of the time that :func:`problem` takes for each."""
+    grads = [grad for p in params if (grad := p.grad) is not None]
+    return set(map(_LOOK, grads)) <= {(torch.strided, False)} and not any(map(Tensor.is_complex, grads))
 
 
 def problem(p: Tensor, needs_matrices: bool) -> str | None:

@@ -105,7 +105,7 @@ class Steady:
     ) -> None:
         self.items = list(items)
         self._params = [p for some in params for p in some]
-        self._own = [states[p] for p in self._params]
+        self._own, self._all = [states[p] for p in self._params], list(states.values())
         self._keys = [keys(group, p.dtype) for group, some in zip(groups, params, strict=True) for p in some]
         self._kind, self._dtypes, self._lying = _kind(groups, params), [i.grad.dtype for i in items], self._addresses()
         # The counts of all parameters as one tensor, of which each has an element: one operation counts a step.
@@ -142,7 +142,8 @@ class Steady:
         fits = (
             _kind(groups, params) == self._kind
             and all(map(is_, found, self._params))
-            and all(map(is_, [states[p] for p in found], self._own))
+            and len(states) == len(self._all)
+            and all(map(is_, states.values(), self._all))
             and all(map(is_, [state.get("step") for state in self._own], self._steps))
             and self._addresses() == self._lying
             and [g.dtype for g in gradients] == self._dtypes
