@@ -222,8 +222,11 @@ class CWDOptimizer(torch.optim.Optimizer):
             else:
                 each = zip(params, groups, given, strict=True)
                 items = [item for one in each for item in states.advance(self.state, *one)]
-                self._cache[rule] = states.Steady.of(self.state, groups, params, items)
+                kept = states.Steady.takes(params)
+                self._cache[rule] = states.Steady(self.state, groups, params, items) if kept else None
             kernels.update(rule, items, self.decay_count, self._cache, steady=steady)
+            for item in items:
+                item.grad = None  # kept items must not keep the memory of gradients
 
     def _describe(self, number: int, position: int) -> str:
         """A parameter in words, with its name where the optimizer was given names."""

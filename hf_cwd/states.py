@@ -116,18 +116,10 @@ class Steady:
         self._on_device = items[0].settings.capturable
         self._numbers = [] if self._on_device else self._count.tolist()
 
-    @classmethod
-    def of(
-        cls,
-        states: Mapping[Tensor, MutableMapping[str, Tensor]],
-        groups: Sequence[Mapping[str, Any]],
-        params: Sequence[Sequence[Tensor]],
-        items: Sequence[Item],
-    ) -> "Steady | None":
-        """None where parameters are sharded: their parts are other tensors in each step."""
-        if not items or any(is_dtensor(p) for some in params for p in some):
-            return None
-        return cls(states, groups, params, items)
+    @staticmethod
+    def takes(params: Sequence[Sequence[Tensor]]) -> bool:
+        """Not DTensors, whose parts are other tensors in each step; and not nothing."""
+        return any(params) and not any(is_dtensor(p) for some in params for p in some)
 
     def advance(
         self,

@@ -33,7 +33,7 @@ class Item:
 
     Attributes:
         param: x, mutated.
-        grad: g.
+        grad: g; None between steps, where items are kept.
         buffers: the rule's states, mutated, in the order of its ``state_keys``.
         remainder: int16, mutated: what a bfloat16 ``param`` lacks of its fp32 master, see :func:`split`; else None.
         step: this step's number, from 1; with ``capturable`` a float32 tensor on the device.
@@ -41,7 +41,7 @@ class Item:
     """
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     buffers: tuple[Tensor, ...]
     remainder: Tensor | None
     step: int | Tensor
