@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_cwd import kernels, states
 from hf_cwd.decay import DecayCount
 from hf_cwd.matrix_step import MatrixStep, Member
-from hf_cwd.refusals import all_plain, check_layout, check_masters, problem, refuse_torch_kernels
+from hf_cwd.refusals import are_plain, check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
@@ -179,7 +179,7 @@ class CWDOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             needs_matrices = _rule(group["algorithm"]).matrix is not None
-            if needs_matrices or not all_plain(group["params"]):
+            if needs_matrices or not are_plain(group["params"]):
                 for position, p in enumerate(group["params"]):
                     if found := problem(p, needs_matrices):
                         raise RuntimeError(f"{self._describe(number, position)} {found}")

@@ -32,7 +32,7 @@ def refuse_torch_kernels(options: dict[str, Any]) -> None:
 _LOOK = attrgetter("layout", "is_meta")
 
 
-def all_plain(params: Sequence[Tensor]) -> bool:
+def are_plain(params: Sequence[Tensor]) -> bool:
     """Whether no gradient is sparse, complex or meta, in a fraction of the time that :func:`problem` takes for each."""
     grads = [grad for p in params if (grad := p.grad) is not None]
     return set(map(_LOOK, grads)) <= {(torch.strided, False)} and not any(map(Tensor.is_complex, grads))

@@ -31,7 +31,7 @@ def name(*more: str) -> str:
     """File name of the library. Of another source, other flags or another machine it is another one."""
     parts = [*((HERE / source).read_text() for source in SOURCES), *EXACT, *FAST, *WIDE, sys.platform]
     digest = hashlib.sha256("\0".join([*parts, platform.machine(), *more]).encode()).hexdigest()
-    return f"cwd-{digest[:16]}.so"
+    return f"libcwd-{digest[:16]}.so.0"  # not .so, which Python takes for a module
 
 
 def compiler() -> list[str]:

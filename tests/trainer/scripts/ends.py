@@ -44,5 +44,6 @@ match sys.argv[1]:
     case "status":
         stop()
     case "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
