@@ -69,7 +69,7 @@ class MatrixStep:
         self.exchange: Exchange | None = None
         self._made_for: Any = None
         self._kinds: list[_Kind] = []
-        self._caches: dict[tuple[int, ...], dict[Any, Any]] = defaultdict(dict)  # of the kernels, by list of members
+        self._caches: dict[int, dict[Any, Any]] = defaultdict(dict)  # of the kernels, by the first member of a call
 
     @classmethod
     def of(cls, rule: Rule, options: dict[str, Any]) -> "MatrixStep":
@@ -109,18 +109,22 @@ class MatrixStep:
             found = {}
             for i in wanted:
                 shape, kind = items[i].param.shape, self._kinds[i]
-                made = outs[i] if i in outs else torch.empty(shape, dtype=kind.dtype, device=items[i].param.device)
+                device, made = items[i].param.device, outs.get(i)
+                if made is None or made.device != device:  # offloaded: matrices are not where the parameter is
+                    made = torch.empty(shape, dtype=kind.dtype, device=device)
                 found[i] = made.view(shape)
             for rule, dtype in dict.fromkeys((self._kinds[i].rule, found[i].dtype) for i in wanted):
                 some = [i for i in wanted if (self._kinds[i].rule, found[i].dtype) == (rule, dtype)]
                 given = [items[i] for i in some], [found[i] for i in some]
-                kernels.directions(rule, *given, self._caches[tuple(some)])
+                kernels.directions(rule, *given, self._caches[some[0]])
             return [found[i] for i in wanted]
 
         def apply(wanted: Sequence[int], found: Sequence[Tensor]) -> None:
+            if not wanted:
+                return
             some = [items.pop(i) for i in wanted]
             found = [u.view(item.param.shape) for item, u in zip(some, found, strict=True)]
-            kernels.apply(some, found, [self._kinds[i].scale for i in wanted], count, self._caches[tuple(wanted)])
+            kernels.apply(some, found, [self._kinds[i].scale for i in wanted], count, self._caches[wanted[0]])
 
         self._prepare(members)
         self.exchange.run([member.param.grad is not None for member in members], directions, apply, meanwhile)

@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -164,7 +163,6 @@ FUSED: dict[Callable[..., Tensor], Callable[..., dict[str, float]]] = {
 }
 
 
-@cache
 def _decay(lr: float, weight_decay: float, cautious: bool, mask: str) -> dict[str, float]:
     if weight_decay == 0:
         return {}

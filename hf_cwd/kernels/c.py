@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,6 +58,8 @@ def unavailable(device: torch.device) -> str | None:
     """Why this kernel cannot run on a device; None if it can. Builds the library if there is none yet."""
     if device.type != "cpu":
         return "it runs on a CPU only"
+    if sys.platform == "win32":
+        return "it is not built on Windows"
     library = _load()
     if isinstance(library, str):
         return library
@@ -86,7 +89,8 @@ def _after_fork() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def threads() -> int:

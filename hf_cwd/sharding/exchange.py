@@ -71,8 +71,8 @@ class Exchange:
 
         Args:
             present: whether this rank has a gradient for each source.
-            directions: this rank's parts of some sources' directions, as new contiguous tensors, or in those that it is
-                given by source; it is also asked for sources that only other ranks have a gradient for.
+            directions: this rank's parts of some sources' directions, as new contiguous tensors, or, to save a copy, in
+                those given to it by source; it is also asked for sources that only other ranks have a gradient for.
             apply: takes those parts orthogonalised; matrices of a layout other than the default are scaled already.
             meanwhile: work that needs no matrix, done while the first round travels.
 
@@ -210,6 +210,9 @@ class Exchange:
         """Puts into matrices what this rank itself holds of them."""
         kept = [p for p in round_.kept if p.source not in absent]
         _copy([_of_matrix(matrices[p.job], p) for p in kept], [_of_local(parts[p.source], p) for p in kept])
+        whole = [(matrices[p.job], parts[source]) for source, p in round_.whole.items() if source not in absent]
+        apart = [(matrix, part) for matrix, part in whole if matrix.data_ptr() != part.data_ptr()]
+        _copy([matrix for matrix, _ in apart], [part.view(matrix.shape) for matrix, part in apart])
 
     def _orthogonalize(self, batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
         """Replaces the matrices of these batches by their results."""
@@ -225,8 +228,8 @@ def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], 
     _copy(own, [_of_matrix(matrices[p.job], p) for p in kept])
     _scale([(view, p.scale) for view, p in zip(own, kept, strict=True)])
     whole = [p for source, p in round_.whole.items() if source not in absent]
-    parts.update({p.source: matrices[p.job] for p in whole})
     _scale([(matrices[p.job], p.scale) for p in whole])
+    parts.update({p.source: matrices[p.job].to(parts[p.source].device) for p in whole})
 
 
 def _of_local(local: Tensor, part: Part) -> Tensor:
