@@ -16,19 +16,26 @@ from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES, Rule
 from hf_cwd.rules.hyperparameters import checked
 from hf_cwd.sharding.build import Source, build
+from hf_cwd.sharding.dtensor import local
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.sharding.stage import Stage
-from hf_cwd.states import advance
+from hf_cwd.sharding.staging import Staging
+from hf_cwd.sharding.zero import FlatShard
+from hf_cwd.states import advance, pieces
 
 
 class Member(NamedTuple):
-    """A parameter of a matrix rule, with or without a gradient, its group, and the group's settings in this step."""
+    """A parameter of a matrix rule, with or without a gradient, its group, and the group's settings in this step.
+
+    Of DeepSpeed's flat tensors, ``flat`` says what lies in them; it is None for a parameter.
+    """
 
     param: Tensor
     group: Mapping[str, Any]
     settings: Settings
     name: str
+    flat: FlatShard | None = None
 
     @property
     def rule(self) -> Rule:
@@ -45,31 +52,35 @@ class _Kind(NamedTuple):
     Attributes:
         rule: its rule.
         dtype: of its directions: that in which they travel and are orthogonalised.
-        scale: factor on its direction. Matrices of one parameter can differ in shape, and so in scale: theirs is in the
-            direction already.
+        scales: factors on its direction: a parameter's, or those of a flat tensor's fragments. Matrices of one
+            parameter can differ in shape, and so in scale: theirs is in the direction already.
     """
 
     rule: Rule
     dtype: torch.dtype
-    scale: float
+    scales: tuple[float, ...]
+
+
+class _Prepared(NamedTuple):
+    """An exchange, what it was made for, and what the kernels are told of each member."""
+
+    made_for: Any
+    exchange: Exchange
+    kinds: list[_Kind]
+    caches: defaultdict[int, dict[Any, Any]]  # of the kernels, by the first member of a call
 
 
 class MatrixStep:
-    """Steps parameters whose matrices have to be whole; keeps the exchange that it made for them.
+    """Steps parameters whose matrices have to be whole; keeps the exchanges that it made for them.
 
     Args:
         share, exchange_bytes: see :func:`hf_cwd.sharding.plan.plan`.
-
-    Attributes:
-        exchange: that of the last step, None before the first.
     """
 
     def __init__(self, share: str, exchange_bytes: int) -> None:
         self.share, self.exchange_bytes = share, exchange_bytes
-        self.exchange: Exchange | None = None
-        self._made_for: Any = None
-        self._kinds: list[_Kind] = []
-        self._caches: dict[int, dict[Any, Any]] = defaultdict(dict)  # of the kernels, by the first member of a call
+        self._staging = Staging()
+        self._prepared: dict[int, _Prepared] = {}  # by the first parameter: DeepSpeed steps flat tensors in turn
 
     @classmethod
     def of(cls, rule: Rule, options: dict[str, Any]) -> "MatrixStep":
@@ -80,8 +91,12 @@ class MatrixStep:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group is not to be copied or pickled.
-        return vars(self) | {"exchange": None, "_made_for": None, "_kinds": [], "_caches": defaultdict(dict)}
+        return vars(self) | {"_prepared": {}}  # a process group is not to be copied or pickled
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """Those of the sets of parameters that were stepped, in the order in which they first were."""
+        return [prepared.exchange for prepared in self._prepared.values()]
 
     def __call__(
         self,
@@ -98,54 +113,63 @@ class MatrixStep:
             count: see :class:`hf_cwd.decay.DecayCount`.
             meanwhile: work that needs no matrix, done while the first parts travel.
         """
-        items: dict[int, Item] = {}
+        _, exchange, kinds, caches = self._prepare(members)
+        items: dict[int, list[Item]] = {}
 
         def directions(wanted: Sequence[int], outs: Mapping[int, Tensor]) -> list[Tensor]:
             for _, some in groupby(wanted, lambda i: id(members[i].group)):
                 some = list(some)
                 first = members[some[0]]
-                found = advance(states, [members[i].param for i in some], first.group, first.settings)
-                items.update(zip(some, found, strict=True))
-            found = {}
+                advanced = advance(states, [members[i].param for i in some], first.group, first.settings)
+                for i, item in zip(some, advanced, strict=True):
+                    flat = members[i].flat
+                    items[i] = [item] if flat is None else pieces(item, flat.places)
+            found, outs_of = {}, {}
             for i in wanted:
-                shape, kind = items[i].param.shape, self._kinds[i]
-                device, made = items[i].param.device, outs.get(i)
-                if made is None or made.device != device:  # offloaded: matrices are not where the parameter is
-                    made = torch.empty(shape, dtype=kind.dtype, device=device)
-                found[i] = made.view(shape)
-            for rule, dtype in dict.fromkeys((self._kinds[i].rule, found[i].dtype) for i in wanted):
-                some = [i for i in wanted if (self._kinds[i].rule, found[i].dtype) == (rule, dtype)]
-                given = [items[i] for i in some], [found[i] for i in some]
-                kernels.directions(rule, *given, self._caches[some[0]])
+                param, made = local(members[i].param), outs.get(i)
+                if made is None or made.device != param.device:  # offloaded: matrices are not where the parameter is
+                    made = exchange.new_part(i, param, kinds[i].dtype)
+                found[i] = made.view(param.shape)
+                outs_of[i] = [found[i]] if members[i].flat is None else members[i].flat.cut(found[i])
+            for rule, dtype in dict.fromkeys((kinds[i].rule, found[i].dtype) for i in wanted):
+                some = [i for i in wanted if (kinds[i].rule, found[i].dtype) == (rule, dtype)]
+                given = [item for i in some for item in items[i]], [out for i in some for out in outs_of[i]]
+                kernels.directions(rule, *given, caches[some[0]])
             return [found[i] for i in wanted]
 
         def apply(wanted: Sequence[int], found: Sequence[Tensor]) -> None:
             if not wanted:
                 return
-            some = [items.pop(i) for i in wanted]
-            found = [u.view(item.param.shape) for item, u in zip(some, found, strict=True)]
-            kernels.apply(some, found, [self._kinds[i].scale for i in wanted], count, self._caches[wanted[0]])
+            some, us = [], []
+            for i, u in zip(wanted, found, strict=True):
+                flat, own = members[i].flat, items.pop(i)
+                some += own
+                us += [u.view(own[0].param.shape)] if flat is None else flat.cut(u)
+            kernels.apply(some, us, [s for i in wanted for s in kinds[i].scales], count, caches[wanted[0]])
 
-        self._prepare(members)
-        self.exchange.run([member.param.grad is not None for member in members], directions, apply, meanwhile)
+        exchange.run([member.param.grad is not None for member in members], directions, apply, meanwhile)
 
-    def _prepare(self, members: Sequence[Member]) -> None:
+    def _prepare(self, members: Sequence[Member]) -> _Prepared:
         """Makes the exchange at the first step, since FSDP2 swaps parameters before it, and again after a change."""
         stages = {id(m.group): Stage.of(m.rule.name, dict(m.settings.hyper)) for m in members}
         made_for = [(id(m.param), m.layout, stages[id(m.group)]) for m in members]
-        if made_for == self._made_for:
-            return
+        place = id(members[0].param)
+        if place in self._prepared and self._prepared[place].made_for == made_for:
+            return self._prepared[place]
         sources = []
         for member in members:
             direction, stage = wide(member.param.dtype), stages[id(member.group)]
-            sources.append(Source(member.param, member.name, member.layout, stage, direction))
-        self.exchange = build(sources, share=self.share, exchange_bytes=self.exchange_bytes)
-        self._kinds = [_kind(member, stages[id(member.group)]) for member in members]
-        self._caches.clear()
-        self._made_for = made_for
+            sources.append(Source(member.param, member.name, member.layout, stage, direction, member.flat))
+        exchange = build(sources, share=self.share, exchange_bytes=self.exchange_bytes, staging=self._staging)
+        kinds = [_kind(member, stages[id(member.group)], exchange.device.type) for member in members]
+        if members[0].flat is None:
+            self._prepared.clear()
+        self._prepared[place] = _Prepared(made_for, exchange, kinds, defaultdict(dict))
+        return self._prepared[place]
 
 
-def _kind(member: Member, stage: Stage) -> _Kind:
-    p = member.param
-    scale = stage.scale(tuple(p.shape)) if member.layout == Layout() else 1.0
-    return _Kind(member.rule, stage.wire(wide(p.dtype), p.device.type), scale)
+def _kind(member: Member, stage: Stage, device: str) -> _Kind:
+    flat, p = member.flat, member.param
+    shapes = [tuple(p.shape)] if flat is None else [flat.params[fragment.param].shape for fragment in flat.fragments]
+    scales = tuple(stage.scale(shape) if member.layout == Layout() else 1.0 for shape in shapes)
+    return _Kind(member.rule, stage.wire(wide(p.dtype), device), scales)

@@ -10,10 +10,13 @@ from torch import Tensor
 from hf_cwd import kernels, states
 from hf_cwd.decay import DecayCount
 from hf_cwd.matrix_step import MatrixStep, Member
+from hf_cwd.origins import Origins
 from hf_cwd.refusals import are_plain, check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
+from hf_cwd.sharding.dtensor import is_dtensor
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
+from hf_cwd.sharding.zero import full_shape
 from hf_cwd.state_dict import adopt, only_initialises, restore_dtypes
 
 
@@ -54,9 +57,9 @@ class CWDOptimizer(torch.optim.Optimizer):
     group of a rule for matrices, ``layout`` None stands for plain 2-D matrices; a dict holds the arguments of the
     :class:`hf_cwd.matrices.Layout` by which the group's parameters hold several matrices, or hold them otherwise.
 
-    Parameters may be plain tensors or DTensors (FSDP2, tensor parallelism). Element-wise rules step whatever part of a
-    parameter a rank holds. Rules for matrices exchange parts, so that every matrix is orthogonalised whole, by one
-    rank: in a process group every rank must then call :meth:`step`.
+    Parameters may be plain tensors, DTensors (FSDP2, tensor parallelism), or such that DeepSpeed's ZeRO makes flat
+    tensors of. Element-wise rules step whatever part of a parameter a rank holds. Rules for matrices exchange parts, so
+    that every matrix is orthogonalised whole, by one rank: in a process group every rank must then call :meth:`step`.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts; dicts are copied, not mutated.
@@ -84,7 +87,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         refuse_torch_kernels(options)
         self.companions = dict(companions or {})
         self.decay_count: DecayCount | None = None
-        self._names: list[list[str] | None] = []
+        self._origins = Origins()
         self._matrix_step = MatrixStep.of(_rule(algorithm), options)
         self._cache: dict[Any, Any] = {}  # the kernels' tables
         known = {**COMMON, **_rule(algorithm).hyperparameters}
@@ -103,15 +106,20 @@ class CWDOptimizer(torch.optim.Optimizer):
         check_masters(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("companions", "_names", "_matrix_step")
+        own = ("companions", "_origins", "_matrix_step")
         return (
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"decay_count": None, "_cache": {}}
         )
 
     @property
-    def exchange(self) -> Exchange | None:
-        """How the matrices were exchanged between ranks in the last step; None before the first."""
-        return self._matrix_step.exchange
+    def exchanges(self) -> list[Exchange]:
+        """How matrices are exchanged between ranks: one, but under DeepSpeed one for each flat tensor; first none."""
+        return self._matrix_step.exchanges
+
+    @property
+    def counts_parts(self) -> bool:
+        """Whether a decay count is this rank's share, of parameters that lie in parts on several ranks."""
+        return self._origins.has_flat or any(is_dtensor(p) for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with the defaults of its rule. Raises ValueError, and adds nothing, if it cannot be trained."""
@@ -128,12 +136,12 @@ class CWDOptimizer(torch.optim.Optimizer):
         # torch fills in all of self.defaults; this optimizer's own rule's mean nothing in a group of another rule.
         for name in _rule(own).hyperparameters.keys() - rule.hyperparameters.keys() - param_group.keys():
             del group[name]
-        self._names.append(names)
+        self._origins.add(group, names)
         try:
             self._check_group(group)
         except ValueError:
             self.param_groups.pop()
-            self._names.pop()
+            self._origins.pop()
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -142,14 +150,14 @@ class CWDOptimizer(torch.optim.Optimizer):
         if rule.matrix is not None:
             group.setdefault("layout", None)
         for position, p in enumerate(group["params"]):
-            name = self._describe(len(self.param_groups) - 1, position)
+            name, shape = self._origins.describe(p, position, group), full_shape(p)
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
             if rule.matrix is None:
                 continue
             if group["layout"] is not None:
-                check_layout(group["layout"], name, p)
-            elif p.ndim != 2:
+                check_layout(group["layout"], name, shape)
+            elif len(shape) != 2:
                 raise ValueError(
                     f"{name} is not a matrix: {rule.name} takes 2-D parameters only. Give the others to a group with "
                     f"'algorithm': {rule.companion!r}, say with 'layout' which matrices it holds, or pass "
@@ -177,12 +185,12 @@ class CWDOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             needs_matrices = _rule(group["algorithm"]).matrix is not None
             if needs_matrices or not are_plain(group["params"]):
                 for position, p in enumerate(group["params"]):
-                    if found := problem(p, needs_matrices):
-                        raise RuntimeError(f"{self._describe(number, position)} {found}")
+                    if found := problem(p, needs_matrices and self._origins.flat(p, group) is None):
+                        raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
         if not self.state:
             check_masters(self.param_groups)
         if only_initialises(self):
@@ -191,8 +199,8 @@ class CWDOptimizer(torch.optim.Optimizer):
                     if p.grad is not None:
                         states.make(self.state[p], p, group)
             return loss
-        if any(_rule(group["algorithm"]).matrix is not None for group in self.param_groups):
-            self._matrix_step(self._members(), self.state, self.decay_count, self._step_elementwise)
+        if members := self._members():
+            self._matrix_step(members, self.state, self.decay_count, self._step_elementwise)
         else:
             self._step_elementwise()
         return loss
@@ -200,11 +208,12 @@ class CWDOptimizer(torch.optim.Optimizer):
     def _members(self) -> list[Member]:
         """The parameters of matrix rules, those without a gradient too."""
         members = []
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             if _rule(group["algorithm"]).matrix is not None:
                 given = states.settings(group)
                 for position, p in enumerate(group["params"]):
-                    members.append(Member(p, group, given, self._describe(number, position)))
+                    name = self._origins.describe(p, position, group)
+                    members.append(Member(p, group, given, name, self._origins.flat(p, group)))
         return members
 
     def _step_elementwise(self) -> None:
@@ -220,20 +229,17 @@ class CWDOptimizer(torch.optim.Optimizer):
             if steady:
                 items = last.items
             else:
-                each = zip(params, groups, given, strict=True)
-                items = [item for one in each for item in states.advance(self.state, *one)]
-                kept = states.Steady.takes(params)
+                items, kept = [], states.Steady.takes(params)
+                for some, group, settings in zip(params, groups, given, strict=True):
+                    found = states.advance(self.state, some, group, settings)
+                    flat = self._origins.flat(some[0], group, needed=False) if len(some) == 1 else None
+                    if flat is not None:  # DeepSpeed steps each by itself, and has any numbers in the padding
+                        found, kept = states.pieces(found[0], flat.extents), False
+                    items += found
                 self._cache[rule] = states.Steady(self.state, groups, params, items) if kept else None
             kernels.update(rule, items, self.decay_count, self._cache, steady=steady)
             for item in items:
                 item.grad = None  # kept items must not keep the memory of gradients
-
-    def _describe(self, number: int, position: int) -> str:
-        """A parameter in words, with its name where the optimizer was given names."""
-        group = self.param_groups[number]
-        names = self._names[number] or group.get("param_names")
-        name = f" {names[position]!r}" if names else ""
-        return f"parameter{name} of shape {tuple(group['params'][position].shape)}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, or of the torch.optim one whose rule it follows.
@@ -245,8 +251,9 @@ class CWDOptimizer(torch.optim.Optimizer):
             ValueError: another rule's state, a state that is not complete, or an option that is not supported here
                 (``amsgrad``); nothing has changed then.
         """
-        adopted = adopt(state_dict, self.param_groups)
+        adopted, groups = adopt(state_dict, self.param_groups), self.param_groups
         super().load_state_dict(adopted)
+        self._origins.replace(groups, self.param_groups)
         restore_dtypes(self, adopted)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from hf_cwd.matrices import Layout
 
 
-def check_layout(layout: Any, name: str, p: Tensor) -> None:
+def check_layout(layout: Any, name: str, shape: tuple[int, ...]) -> None:
     try:
-        Layout(**layout).check(p.shape)  # TypeError: no dict, or a key that a Layout has not
+        Layout(**layout).check(shape)  # TypeError: no dict, or a key that a Layout has not
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
 
@@ -42,8 +42,8 @@ def problem(p: Tensor, needs_matrices: bool) -> str | None:
     """Why a parameter cannot be stepped, if so."""
     if needs_matrices and p.ndim < 2:
         return (
-            "was a matrix when the optimizer was made and has been flattened since (FSDP version 1, DeepSpeed ZeRO): "
-            "its rule needs whole matrices. Use FSDP with fsdp_version: 2, or an element-wise rule such as cwd_adamw"
+            "was a matrix when the optimizer was made and has been flattened since (FSDP version 1): its rule needs "
+            "whole matrices. Use FSDP with fsdp_version: 2, DeepSpeed, or an element-wise rule such as cwd_adamw"
         )
     grad = p.grad
     if grad is None or (grad.layout is torch.strided and not grad.is_complex() and not grad.is_meta):

@@ -8,7 +8,7 @@ when hf_cwd is gone.
 import sys
 
 # Those that hf_cwd.trainer.names waits for, too: it has to be there before the first of them.
-_MODULES = ("transformers.training_args", "transformers.trainer_optimizer")
+_MODULES = ("transformers.training_args", "transformers.trainer_optimizer", "transformers.trainer")
 _REGISTRY = "hf_cwd.trainer.names"
 
 

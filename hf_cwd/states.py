@@ -11,6 +11,7 @@ from hf_cwd.kernels.base import Item, Settings
 from hf_cwd.rules import RULES
 from hf_cwd.rules.base import has_remainder, state_dtype
 from hf_cwd.sharding.dtensor import is_dtensor, local, local_grad
+from hf_cwd.sharding.zero import pick
 
 REMAINDER = "remainder"
 
@@ -80,6 +81,16 @@ def advance(
         # On a CPU this is a loop, which would make a tensor of a plain 1 again and again.
         torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
     return items
+
+
+def pieces(item: Item, extents: Sequence[tuple[int, int]]) -> list[Item]:
+    """The parts of a flat tensor's item, by offset and length."""
+    param, grad, remainder, *buffers = (
+        [None] * len(extents) if tensor is None else pick(tensor, extents)
+        for tensor in (item.param, item.grad, item.remainder, *item.buffers)
+    )
+    buffers = zip(*buffers, strict=True) if buffers else [()] * len(extents)
+    return [Item(*tensors, item.step, item.settings) for tensors in zip(param, grad, buffers, remainder, strict=True)]
 
 
 class Steady:

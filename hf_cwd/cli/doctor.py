@@ -110,7 +110,8 @@ def distributed(problems: list[str]) -> Report:
 
 def optimizers(problems: list[str]) -> Report:
     """Whether transformers knows our names, and whether TrainingArguments take them in this environment."""
-    from hf_cwd.trainer.options import handler, names
+    from hf_cwd.trainer.naming import names
+    from hf_cwd.trainer.options import handler
 
     arguments = importlib.import_module("transformers.training_args")
     handlers = importlib.import_module("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS

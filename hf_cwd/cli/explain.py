@@ -16,7 +16,8 @@ from hf_cwd.cli.layouts import GRAMMAR, Cost, Parallelism, costs, entries, paral
 from hf_cwd.rules import COMMON, RULES
 from hf_cwd.rules.base import has_remainder, state_dtype
 from hf_cwd.sharding.plan import EXCHANGE, Plan, flops_per_byte, plan
-from hf_cwd.trainer.options import PREFIX, names, optimizer_arguments
+from hf_cwd.trainer.naming import PREFIX, names
+from hf_cwd.trainer.options import optimizer_arguments
 from hf_cwd.trainer.routing import Route, Routing, route
 
 # Tried in this order where a configuration does not say which model it is of.

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_cwd.sharding.itinerary import Batch, Itinerary, Part, Round
+from hf_cwd.sharding.copies import copy_parts, cut, of_local, of_matrix, scale_parts, size_of, unpack
+from hf_cwd.sharding.itinerary import Batch, Itinerary, Round
 from hf_cwd.sharding.plan import Plan
+from hf_cwd.sharding.staging import Staging
 
 
 class Transfer(NamedTuple):
@@ -31,9 +33,10 @@ class Exchange:
     Args:
         plan: equal on all ranks; where it has rounds, of all ranks of the default process group.
         rank: this one.
-        local_sizes: elements of each of the optimizer's local tensors.
+        local_sizes: elements of each of the optimizer's local tensors, without padding.
         device: where matrices are gathered and orthogonalised.
         batch_bytes: matrices that do not move are taken together up to this size.
+        staging: memory for what is offloaded, on its way to and from the device.
 
     Raises:
         ValueError: see :class:`hf_cwd.sharding.itinerary.Itinerary`.
@@ -47,13 +50,21 @@ class Exchange:
         local_sizes: Sequence[int],
         device: torch.device,
         batch_bytes: int,
+        staging: Staging,
     ) -> None:
         self.plan = plan
-        self._device = device
+        self.device = device
+        self._staging = staging
         peers = range(dist.get_world_size()) if plan.rounds else [rank]
         # Gloo has all-to-alls from one tensor only, so that a result for several replicas is copied for each of them.
         self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config()
         self.itinerary = Itinerary(plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes)
+
+    def new_part(self, source: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor for a source's direction: of the size of its local tensor, and on its device."""
+        if like.device == self.device:
+            return torch.empty(like.shape, dtype=dtype, device=like.device)
+        return self._staging.tensor(source, like.numel(), dtype)
 
     def run(
         self,
@@ -92,14 +103,14 @@ class Exchange:
 
         def gather(k: int) -> Transfer:
             begin(self.itinerary.begins[k])
-            lent = [[_of_local(parts[p.source], p) for p in peer if p.source not in absent] for peer in rounds[k].lent]
-            sizes = [_size(peer, absent) for peer in rounds[k].gathered]
+            lent = [[of_local(parts[p.source], p) for p in peer if p.source not in absent] for peer in rounds[k].lent]
+            sizes = [size_of(peer, absent) for peer in rounds[k].gathered]
             return self._start(lent, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
 
         def give_back(k: int, matrices: dict[int, Tensor]) -> Transfer:
             _keep(rounds[k], matrices, parts, absent)
-            sent = [[_of_matrix(matrices[p.job], p) for p in peer if p.source not in absent] for peer in rounds[k].sent]
-            sizes = [_size(peer, absent) for peer in rounds[k].returned]
+            sent = [[of_matrix(matrices[p.job], p) for p in peer if p.source not in absent] for peer in rounds[k].sent]
+            sizes = [size_of(peer, absent) for peer in rounds[k].returned]
             alike = rounds[k].alike if rounds[k].replicated else None
             return self._start(sent, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}", alike)
 
@@ -107,20 +118,31 @@ class Exchange:
             with _naming(transfer.what):
                 transfer.work.wait()
             arrived = [p for peer in rounds[k].returned for p in peer if p.source not in absent]
-            received = transfer.received.to(parts[arrived[0].source].device) if arrived else transfer.received
-            _unpack(received, [_of_local(parts[p.source], p) for p in arrived])
-            _scale([(_of_local(parts[p.source], p), p.scale) for p in arrived])
+            received = transfer.received
+            if arrived and parts[arrived[0].source].device != received.device:
+                received = self._staging.tensor("returned", received.numel(), received.dtype).copy_(received)
+            unpack(received, [of_local(parts[p.source], p) for p in arrived])
+            scale_parts([(of_local(parts[p.source], p), p.scale) for p in arrived])
             end(self.itinerary.ends[k])
+
+        def stay(still: Sequence[Round], sources: Sequence[int] = ()) -> None:
+            if not still:
+                begin(sources)
+            for number, round_ in enumerate(still):
+                stacks, matrices = self._allocate(round_)
+                if number == 0:
+                    begin(sources, {source: matrices[part.job] for source, part in round_.whole.items()})
+                self._fill(round_, matrices, parts, absent)
+                self._orthogonalize(round_.second, stacks, matrices)
+                _keep(round_, matrices, parts, absent)
 
         incoming = gather(0) if rounds else None
         meanwhile()
         for sources, still in self.itinerary.chunks:
-            stacks, matrices = self._allocate(still)
-            begin(sources, {source: matrices[part.job] for source, part in still.whole.items()})
-            self._fill(still, matrices, parts, absent)
-            self._orthogonalize(still.second, stacks, matrices)
-            _keep(still, matrices, parts, absent)
+            stay(still, sources)
             end(sources)
+        if rounds:
+            stay(self.itinerary.still[0])
         outgoing = None
         for k, round_ in enumerate(rounds):
             with _naming(incoming.what):
@@ -128,7 +150,7 @@ class Exchange:
             stacks, matrices = self._allocate(round_)
             self._fill(round_, matrices, parts, absent)
             arrived = [p for peer in round_.gathered for p in peer if p.source not in absent]
-            _unpack(incoming.received, [_of_matrix(matrices[p.job], p) for p in arrived])
+            unpack(incoming.received, [of_matrix(matrices[p.job], p) for p in arrived])
             incoming = None  # frees its buffers before the next ones are made
             self._orthogonalize(round_.first, stacks, matrices)
             if k > 0:
@@ -136,6 +158,7 @@ class Exchange:
                 outgoing = None
             if k + 1 < len(rounds):
                 incoming = gather(k + 1)
+                stay(self.itinerary.still[k + 1])
             self._orthogonalize(round_.second, stacks, matrices)
             outgoing = give_back(k, matrices)
             del stacks, matrices
@@ -154,7 +177,7 @@ class Exchange:
         if not moving:
             return None, absent
         # Made on the device where that can be: copying a list there waits for the backward pass.
-        flags = torch.ones(len(moving), dtype=torch.uint8, device=self._device)
+        flags = torch.ones(len(moving), dtype=torch.uint8, device=self.device)
         if not all(found):
             flags.copy_(torch.tensor(found))
         with _naming("agreeing on gradients"):
@@ -181,10 +204,13 @@ class Exchange:
         flat = [part for peer in leaders for part in peer]
         # Packed where the parts lie, which under CPU offload is not where the group communicates.
         lengths = [sum(part.numel() for part in peer) for peer in leaders]
-        buffer = torch.empty(sum(lengths), dtype=dtype, device=flat[0].device if flat else self._device)
-        _copy([piece.view(part.shape) for piece, part in zip(_cut(buffer, flat), flat, strict=True)], flat)
-        buffer = buffer.to(self._device)
-        received = torch.empty(sum(sizes), dtype=dtype, device=self._device)
+        if flat and flat[0].device != self.device:
+            buffer = self._staging.tensor("lent", sum(lengths), dtype)
+        else:
+            buffer = torch.empty(sum(lengths), dtype=dtype, device=self.device)
+        copy_parts([piece.view(part.shape) for piece, part in zip(cut(buffer, flat), flat, strict=True)], flat)
+        buffer = buffer.to(self.device)
+        received = torch.empty(sum(sizes), dtype=dtype, device=self.device)
         given = buffer.split(lengths)
         if alike is not None:
             packed = dict(zip(sorted(set(alike)), given, strict=True))
@@ -201,7 +227,7 @@ class Exchange:
         """Batches by their first job and, in them, matrices by job."""
         stacks, matrices = {}, {}
         for batch in (*round_.first, *round_.second):
-            stack = torch.empty((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self._device)
+            stack = torch.empty((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self.device)
             stacks[batch.jobs[0]] = stack
             matrices.update(zip(batch.jobs, stack, strict=True))
         return stacks, matrices
@@ -209,10 +235,10 @@ class Exchange:
     def _fill(self, round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:
         """Puts into matrices what this rank itself holds of them."""
         kept = [p for p in round_.kept if p.source not in absent]
-        _copy([_of_matrix(matrices[p.job], p) for p in kept], [_of_local(parts[p.source], p) for p in kept])
+        copy_parts([of_matrix(matrices[p.job], p) for p in kept], [of_local(parts[p.source], p) for p in kept])
         whole = [(matrices[p.job], parts[source]) for source, p in round_.whole.items() if source not in absent]
         apart = [(matrix, part) for matrix, part in whole if matrix.data_ptr() != part.data_ptr()]
-        _copy([matrix for matrix, _ in apart], [part.view(matrix.shape) for matrix, part in apart])
+        copy_parts([matrix for matrix, _ in apart], [part.view(matrix.shape) for matrix, part in apart])
 
     def _orthogonalize(self, batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
         """Replaces the matrices of these batches by their results."""
@@ -224,47 +250,12 @@ class Exchange:
 def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:
     """Puts the results that stay on this rank into its parts."""
     kept = [p for p in round_.kept if p.source not in absent]
-    own = [_of_local(parts[p.source], p) for p in kept]
-    _copy(own, [_of_matrix(matrices[p.job], p) for p in kept])
-    _scale([(view, p.scale) for view, p in zip(own, kept, strict=True)])
+    own = [of_local(parts[p.source], p) for p in kept]
+    copy_parts(own, [of_matrix(matrices[p.job], p) for p in kept])
+    scale_parts([(view, p.scale) for view, p in zip(own, kept, strict=True)])
     whole = [p for source, p in round_.whole.items() if source not in absent]
-    _scale([(matrices[p.job], p.scale) for p in whole])
+    scale_parts([(matrices[p.job], p.scale) for p in whole])
     parts.update({p.source: matrices[p.job].to(parts[p.source].device) for p in whole})
-
-
-def _of_local(local: Tensor, part: Part) -> Tensor:
-    segment = part.segment
-    return local.as_strided(segment.size, segment.strides, local.storage_offset() + segment.offset)
-
-
-def _of_matrix(matrix: Tensor, part: Part) -> Tensor:
-    view = matrix.view(-1, *part.inner)
-    for dim, (start, size) in enumerate(zip(part.segment.start, part.segment.size, strict=True)):
-        view = view.narrow(dim, start, size)
-    return view
-
-
-def _size(parts: Sequence[Part], absent: set[int]) -> int:
-    return sum(part.segment.numel for part in parts if part.source not in absent)
-
-
-def _cut(buffer: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    return buffer.split([tensor.numel() for tensor in like]) if like else ()
-
-
-def _unpack(buffer: Tensor, places: Sequence[Tensor]) -> None:
-    _copy(places, [piece.view(place.shape) for piece, place in zip(_cut(buffer, places), places, strict=True)])
-
-
-def _copy(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if places:
-        torch._foreach_copy_(places, values)  # on an accelerator, one launch for many
-
-
-def _scale(places: Sequence[tuple[Tensor, float]]) -> None:
-    scaled = [(place, factor) for place, factor in places if factor != 1]
-    if scaled:
-        torch._foreach_mul_([place for place, _ in scaled], [factor for _, factor in scaled])
 
 
 @contextlib.contextmanager

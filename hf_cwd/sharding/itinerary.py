@@ -77,12 +77,13 @@ class Itinerary:
         plan: equal on all ranks.
         rank: this one.
         peers: all ranks, in the order of the process group.
-        local_sizes: elements of each of the optimizer's local tensors, which ``Entry.source`` counts.
-        batch_bytes: matrices that do not move are taken together up to this size; 0: one local tensor at a time.
+        local_sizes: elements of each of the optimizer's local tensors, which ``Entry.source`` counts; without padding.
+        batch_bytes: matrices that do not move are taken together up to this size; 0: one parameter at a time.
 
     Attributes:
         rounds: a :class:`Round` for each of the plan's.
-        chunks: sources of which nothing moves, with a round of their own that needs no communication.
+        chunks: sources of which nothing moves, with rounds of their own that need no communication.
+        still: for each round, such rounds for what does not move of the sources that begin in it.
         moving: sources of which something moves on some rank.
         begins, ends: for each round, the sources whose first matrix leaves, or whose last returns, in it.
 
@@ -100,7 +101,8 @@ class Itinerary:
         self.moving = sorted({plan.entries[job.entry].source for job in plan.jobs if job.round is not None})
         self.begins: list[list[int]] = [[] for _ in self.rounds]
         self.ends: list[list[int]] = [[] for _ in self.rounds]
-        self.chunks: list[tuple[list[int], Round]] = []
+        self.chunks: list[tuple[list[int], list[Round]]] = []
+        self.still: list[list[Round]] = [[] for _ in self.rounds]
         owned: list[list[int]] = [[] for _ in self.rounds]
         for job in plan.jobs:
             if job.round is not None:
@@ -112,19 +114,20 @@ class Itinerary:
             if not travels:
                 chunk.append(source)
                 if sum(self._bytes(number) for member in chunk for number in here[member]) >= batch_bytes:
-                    self.chunks.append((chunk, self._still(here, chunk)))
+                    self.chunks.append((chunk, self._still(here, chunk, batch_bytes)))
                     chunk = []
                 continue
             self.begins[min(travels)].append(source)
             self.ends[max(travels)].append(source)
             for number in numbers:
-                place = plan.jobs[number].round
-                place = min(travels) if place is None else place
-                self._enter(self.rounds[place], number)
-                if plan.jobs[number].owner == rank:
-                    owned[place].append(number)
+                if (place := plan.jobs[number].round) is not None:
+                    self._enter(self.rounds[place], number)
+                    if plan.jobs[number].owner == rank:
+                        owned[place].append(number)
         if chunk:
-            self.chunks.append((chunk, self._still(here, chunk)))
+            self.chunks.append((chunk, self._still(here, chunk, batch_bytes)))
+        for k, sources_ in enumerate(self.begins):
+            self.still[k] = self._still(here, sources_, batch_bytes)
         for k, (round_, numbers) in enumerate(zip(self.rounds, owned, strict=True)):
             # The first round has nothing to wait for in the middle: no results are on their way yet.
             middle = self._middle(numbers) if k else 0
@@ -165,7 +168,9 @@ class Itinerary:
         scale = 1.0 if entry.layout == Layout() else entry.stage.scale(job.shape)
 
         def parts(rank: int) -> list[Part]:
-            return [Part(number, entry.source, inner, scale, part) for part in self._held(entry, job, rank)]
+            held = self._held(entry, job, rank)
+            moved = [part._replace(offset=part.offset + entry.offset) for part in held] if entry.offset else held
+            return [Part(number, entry.source, inner, scale, part) for part in moved]
 
         own = parts(self._rank)
         if job.owner != self._rank:
@@ -180,18 +185,31 @@ class Itinerary:
                 if rank != self._rank:
                     lists[self._position[rank]] += parts(rank)
 
-    def _still(self, here: Sequence[Sequence[int]], chunk: Sequence[int]) -> Round:
-        result = self._round()
-        numbers = [number for source in chunk for number in here[source]]
-        for number in numbers:
-            self._enter(result, number)
-        result.second = self._batches(numbers)
-        for part in result.kept:
-            segment, shape = part.segment, self._plan.jobs[part.job].shape
-            if len(here[part.source]) == 1 and segment.numel == prod(shape) and segment.is_contiguous:
-                result.whole[part.source] = part
-        result.kept = [part for part in result.kept if part.source not in result.whole]
-        return result
+    def _still(self, here: Sequence[Sequence[int]], chunk: Sequence[int], batch_bytes: int) -> list[Round]:
+        """The rounds of what does not move of these sources, each of about ``batch_bytes``."""
+        portions: list[list[int]] = []
+        last, size = -1, 0
+        for number in (number for source in chunk for number in here[source]):
+            job = self._plan.jobs[number]
+            if job.round is None:
+                if not portions or (job.entry != last and size >= batch_bytes):
+                    portions.append([])
+                    size = 0
+                portions[-1].append(number)
+                last, size = job.entry, size + self._bytes(number)
+        results = []
+        for numbers in portions:
+            result = self._round()
+            for number in numbers:
+                self._enter(result, number)
+            result.second = self._batches(numbers)
+            for part in result.kept:
+                segment, shape = part.segment, self._plan.jobs[part.job].shape
+                if len(here[part.source]) == 1 and segment.numel == prod(shape) and segment.is_contiguous:
+                    result.whole[part.source] = part
+            result.kept = [part for part in result.kept if part.source not in result.whole]
+            results.append(result)
+        return results
 
     def _batches(self, numbers: Iterable[int]) -> list[Batch]:
         batches: dict[tuple, Batch] = {}

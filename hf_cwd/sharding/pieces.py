@@ -82,7 +82,10 @@ Placement = Replicate | Shard | StridedShard
 class Sharding(Protocol):
     """A layout of tensors over ranks. Hashable: what it answers depends on its own value only."""
 
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
+
+    def holders(self, shape: Shape) -> Sequence[int]:
+        """The ranks that may hold a part of a tensor of ``shape``."""
 
     def pieces(self, shape: Shape, rank: int) -> tuple[Piece, ...]:
         """What ``rank`` holds of a tensor of ``shape``; those of the ranks of a replica tile the tensor."""
@@ -133,6 +136,9 @@ class Mesh:
             index, coordinate = divmod(index, size)
             result.append(coordinate)
         return tuple(reversed(result))
+
+    def holders(self, shape: Shape) -> tuple[int, ...]:
+        return self.ranks
 
     def replica(self, rank: int) -> int:
         number = 0

@@ -43,6 +43,7 @@ class Entry:
         stage: what is done with each matrix.
         dtype: in which they travel.
         source: which of the optimizer's local tensors its parts lie in.
+        offset: where in it they begin.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     stage: Stage
     dtype: torch.dtype
     source: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _is_shared(
 def _holders(shape: Shape, layout: Layout, sharding: Sharding) -> list[dict[int, int]]:
     """For each matrix of a parameter, the ranks that hold a part of it, and how many elements."""
     table: list[dict[int, int]] = [{} for _ in matrix_shapes(shape, layout)]
-    for rank in sharding.ranks:
+    for rank in sharding.holders(shape):
         for matrix, parts in held(shape, layout, sharding, rank).items():
             table[matrix][rank] = sum(part.numel for part in parts)
     return table

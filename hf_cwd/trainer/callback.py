@@ -8,7 +8,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_cwd.decay import DecayCount
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.sharding.agree import total
-from hf_cwd.sharding.dtensor import is_dtensor
+from hf_cwd.trainer.guards import innermost
 
 
 class DecayedFractionCallback(TrainerCallback):
@@ -23,7 +23,7 @@ class DecayedFractionCallback(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer: CWDOptimizer | None = None
 
-    def on_pre_optimizer_step(
+    def on_step_begin(  # under DeepSpeed the optimizer steps before on_pre_optimizer_step
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -31,8 +31,7 @@ class DecayedFractionCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
+        optimizer = innermost(optimizer)
         # The Trainer decides about logging after the step: say beforehand what it will decide.
         step, by_steps = state.global_step + 1, args.logging_strategy == IntervalStrategy.STEPS
         will_log = (by_steps and step % state.logging_steps == 0) or (args.logging_first_step and step == 1)
@@ -44,7 +43,7 @@ class DecayedFractionCallback(TrainerCallback):
         if self._optimizer is None or "loss" not in state.log_history[-1]:
             return
         count = self._optimizer.decay_count
-        if any(is_dtensor(p) for group in self._optimizer.param_groups for p in group["params"]):
+        if self._optimizer.counts_parts:
             count = DecayCount(*total([int(count.decayed), count.total], args.device))
         fraction = count.fraction
         self._optimizer.decay_count = self._optimizer = None

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cwd.matrices import Layout
+from hf_cwd.sharding.zero import full_shape
 from hf_cwd.trainer import architectures
 
 # Parts of a module's path that other libraries put there: PEFT, torch.compile, FSDP, activation checkpointing.
@@ -45,7 +46,7 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
     Args:
         modules: the model's modules by path.
     """
-    module, name, shape = place.module, place.name, tuple(p.shape)
+    module, name, shape = place.module, place.name, full_shape(p)
     layer, around = _around(place.path, modules)
     raw = not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase))
     if "lora_embedding" in place.path:
@@ -82,9 +83,10 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
 
 def as_named(p: Tensor) -> Kind:
     """What a parameter of unknown kind is, once its module was named as one of matrices."""
-    if sum(size > 1 for size in p.shape) < 2:
+    shape = full_shape(p)
+    if sum(size > 1 for size in shape) < 2:
         return Kind(False, "vector (norm or scale)")
-    return _matrix("matrix, as named", "", Layout(), tuple(p.shape))
+    return _matrix("matrix, as named", "", Layout(), shape)
 
 
 def _around(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[nn.Module]]:

@@ -2,7 +2,8 @@
 
 transformers has no public call for this, so four things are added to it, once it is imported by whoever wants it:
 members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
-of ``optim_args`` when TrainingArguments are built, before any model is loaded, and the nearest name for a wrong one.
+of ``optim_args`` when TrainingArguments are built, before any model is loaded, and the nearest name for a wrong one. A
+fifth, a callback, sees to it that the optimizer which trains is the one that was asked for.
 """
 
 import argparse
@@ -16,16 +17,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from hf_cwd.trainer.options import (
-    PREFIX,
-    check_finished_arguments,
-    check_training_arguments,
-    handler,
-    names,
-    unknown_name,
-)
+from hf_cwd.trainer.naming import PREFIX, names, unknown_name
+from hf_cwd.trainer.options import check_finished_arguments, check_training_arguments, handler
 
 _lock = threading.RLock()
+_GUARD = "hf_cwd.trainer.guards"
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
 
 
@@ -56,6 +52,9 @@ def unregister() -> None:
             checked = arguments.TrainingArguments.__post_init__
             if hasattr(checked, "_hf_cwd_original"):
                 arguments.TrainingArguments.__post_init__ = checked._hf_cwd_original
+        trainer = sys.modules.get("transformers.trainer")
+        if trainer is not None:
+            trainer.DEFAULT_CALLBACKS[:] = [c for c in trainer.DEFAULT_CALLBACKS if c.__module__ != _GUARD]
         for parser in filter(None, map(sys.modules.get, _PARSERS)):
             make = getattr(parser, "make_choice_type_function", None)
             if hasattr(make, "_hf_cwd_original"):
@@ -92,6 +91,12 @@ def _on_trainer_optimizer(module: ModuleType) -> None:
         getattr(module, "_OPTIMIZER_HANDLERS", {})[module.OptimizerNames(name)] = handler
 
 
+def _on_trainer(module: ModuleType) -> None:
+    guard = importlib.import_module(_GUARD).OptimizerGuard
+    if guard not in module.DEFAULT_CALLBACKS:
+        module.DEFAULT_CALLBACKS.append(guard)
+
+
 def _on_hf_argparser(module: ModuleType) -> None:
     with _lock:
         original = getattr(module, "make_choice_type_function", None)
@@ -117,6 +122,7 @@ def _on_hf_argparser(module: ModuleType) -> None:
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.training_args": _on_training_args,
     "transformers.trainer_optimizer": _on_trainer_optimizer,
+    "transformers.trainer": _on_trainer,
     **dict.fromkeys(_PARSERS, _on_hf_argparser),
 }
 

@@ -2,10 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
-import logging
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +12,13 @@ from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.hyperparameters import Hyperparameter, Real, checked
 from hf_cwd.sharding.plan import EXCHANGE
+from hf_cwd.trainer import deepspeed
+from hf_cwd.trainer.log import logger, warn_once
+from hf_cwd.trainer.naming import PREFIX, chosen, names, unknown_name
 from hf_cwd.trainer.routing import Routing, route
 from hf_cwd.trainer.sharded import check_sharding
 from hf_cwd.trainer.targets import Targets
 
-PREFIX = "cwd_"
 MINIMUM_TRANSFORMERS = "5.2"
 CLASSES = {
     "adamw": optimizers.CWDAdamW,
@@ -31,18 +29,6 @@ CLASSES = {
 # TrainingArguments' own flags for these; giving them a second name would only let the two disagree.
 FLAGS = {"lr": "--learning_rate", "learning_rate": "--learning_rate", "weight_decay": "--weight_decay"}
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
-
-
-def names() -> list[str]:
-    """The values of ``--optim`` that this package adds, one for each rule."""
-    return [PREFIX + rule for rule in RULES]
-
-
-def unknown_name(name: str) -> str:
-    """The error for a value of ``--optim`` that begins as ours do."""
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"--optim {name} does not exist.{hint} hf_cwd has {', '.join(names())}"
 
 
 class Option(NamedTuple):
@@ -112,7 +98,7 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
         ValueError: see :func:`parse_optim_args`; also an ``--adam_*`` flag that the optimizer has no use for, or that
             contradicts ``--optim_args``, and ``--optim_target_modules`` where nothing is sorted by module.
     """
-    name = _name(args)
+    name = chosen(args)
     rule = RULES[name.removeprefix(PREFIX)]
     given = parse_optim_args(name, args.optim_args)
     if args.optim_target_modules is not None:
@@ -143,10 +129,14 @@ def check_training_arguments(args: Any) -> None:
     """Called when TrainingArguments are built: what would fail at the optimizer fails before a model is loaded.
 
     Raises:
-        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist, and DeepSpeed.
+        ValueError: see :func:`optimizer_arguments`; also a ``cwd_`` name that does not exist, and
+            :func:`hf_cwd.trainer.deepspeed.adopt_section`.
+        RuntimeError: see :func:`hf_cwd.trainer.deepspeed.check_tools`.
         ImportError: a transformers that is too old for our names.
     """
-    name = _name(args)
+    if deepspeed.is_used(args):
+        deepspeed.adopt_section(args)
+    name = chosen(args)
     if not name.startswith(PREFIX):
         return
     if name not in names():
@@ -159,9 +149,8 @@ def check_training_arguments(args: Any) -> None:
             f"--optim {name} needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
             f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
         )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
-        # With offload Accelerate would put an optimizer of DeepSpeed's in our place.
-        raise ValueError(f"--optim {name} does not support --deepspeed yet: train with DDP or FSDP2, without it")
+    if deepspeed.is_used(args):
+        deepspeed.check_tools(name)
     arguments = optimizer_arguments(args)
     rule = RULES[name.removeprefix(PREFIX)]
     kinds = {**COMMON, **rule.hyperparameters}
@@ -169,10 +158,16 @@ def check_training_arguments(args: Any) -> None:
 
 
 def check_finished_arguments(args: Any) -> None:
-    """Called when TrainingArguments are built and transformers has filled them in: see :func:`check_sharding`."""
-    name = _name(args)
+    """Called when TrainingArguments are built and transformers has filled them in.
+
+    Raises:
+        ValueError: see :func:`check_sharding` and :func:`hf_cwd.trainer.deepspeed.check`.
+    """
+    name = chosen(args)
     if name in names():
         check_sharding(name, RULES[name.removeprefix(PREFIX)], args)
+        deepspeed.drop_section(args)
+        deepspeed.check(args, name)
 
 
 def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
@@ -181,9 +176,11 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     It returns a class, not one of transformers' factories, so that the parameter groups come from the Trainer, with its
     own decay set, also where a subclass overrides it; ``routing`` then splits them by rule.
     """
-    name = _name(ctx.args)
+    name = chosen(ctx.args)
     rule = RULES[name.removeprefix(PREFIX)]
     check_sharding(name, rule, ctx.args)
+    deepspeed.check(ctx.args, name)
+    deepspeed.keep_ours()
     _check_world(ctx.args)
     arguments = optimizer_arguments(ctx.args)
     described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())
@@ -199,9 +196,9 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
         arguments["routing"] = _announced(routing, rule, arguments, described) if ctx.args.should_log else routing
     if ctx.args.should_log:
         if rule.companion is None:
-            _announce(described)
+            logger().info(described)
         if arguments["weight_decay"] == 0 and arguments.get("cautious", True):
-            _warn_once(
+            warn_once(
                 f"--weight_decay is 0 (the Trainer's default): {name} then decays nothing. Try --weight_decay 0.1"
             )
     if rule.name in CLASSES:
@@ -238,15 +235,10 @@ def _announced(
             decays = " and ".join(f"{decay:g}" for decay in sorted(decays, reverse=True))
             return f", lr {rates[algorithm]:g}, weight_decay {decays}"
 
-        _announce(f"{described} | {routing.summary(details)}")
+        logger().info(f"{described} | {routing.summary(details)}")
         return result
 
     return split
-
-
-def _name(args: Any) -> str:
-    """The value of ``--optim``, which is a string until TrainingArguments have made it a member."""
-    return str(getattr(args.optim, "value", args.optim))
 
 
 def _effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -266,24 +258,3 @@ def _changed_adam_flags(args: Any) -> list[str]:
 
 def _keys(known: dict[str, Option]) -> str:
     return ", ".join(sorted(known))
-
-
-def _logger() -> logging.Logger:
-    """The package's logger; it speaks on standard error when the program set no logging up."""
-    logger = logging.getLogger("hf_cwd")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        stream = logging.StreamHandler(sys.stderr)
-        stream.setFormatter(logging.Formatter("[hf_cwd] %(message)s"))
-        logger.addHandler(stream)
-    return logger
-
-
-def _announce(message: str) -> None:
-    _logger().info(message)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    _logger().warning(message)

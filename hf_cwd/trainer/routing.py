@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cwd.matrices import Layout
+from hf_cwd.sharding.zero import full_shape
 from hf_cwd.trainer.kinds import Kind, Place, kind
 from hf_cwd.trainer.targets import Targets
 
@@ -89,7 +90,7 @@ class Routing:
         name, p = entry if isinstance(entry, tuple) else (None, entry)
         if p not in self._by_parameter:
             raise ValueError(
-                f"parameter {name or ''} of shape {tuple(p.shape)} is not one of {self._model_name}'s: "
+                f"parameter {name or ''} of shape {full_shape(p)} is not one of {self._model_name}'s: "
                 "route the model whose parameters the optimizer gets"
             )
         route = self._by_parameter[p]
@@ -171,9 +172,9 @@ def route(
         if targets is not None:
             found = targets.restrict(found, p, places)
         elif found.is_matrix is None:
-            unknown.append(f"{places[0].parameter} {list(p.shape)} ({found.reason})")
+            unknown.append(f"{places[0].parameter} {list(full_shape(p))} ({found.reason})")
         algorithm = None if not p.requires_grad else matrices if found.is_matrix else others
-        routes.append((p, Route(places[0].parameter, tuple(p.shape), algorithm, found.reason, found.layout)))
+        routes.append((p, Route(places[0].parameter, full_shape(p), algorithm, found.reason, found.layout)))
     if unknown:
         shown = "; ".join(unknown[:5]) + (f"; and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ValueError(
@@ -189,7 +190,10 @@ def route(
 
 def _kind(p: Tensor, places: list[Place], heads: set[nn.Module], modules: dict[str, nn.Module]) -> Kind:
     is_head = any(place.module in heads for place in places)
-    if any(type(place.module).__name__.endswith(("Embedding", "EmbeddingBag")) for place in places) and p.ndim == 2:
+    if (
+        any(type(place.module).__name__.endswith(("Embedding", "EmbeddingBag")) for place in places)
+        and len(full_shape(p)) == 2
+    ):
         return Kind(False, "embedding, tied to the output head" if is_head else "embedding")
     found = kind(p, places[0], modules)
     return Kind(False, "output head") if is_head and found.is_matrix else found

@@ -30,7 +30,7 @@ def check_sharding(name: str, rule: Rule, args: Any) -> None:
     if sizes is not None and sizes.sp_size > 1:
         raise ValueError(
             f"--optim {name} does not support sp_size={sizes.sp_size}: Accelerate's sequence parallelism is "
-            "DeepSpeed's, which is not supported yet. Set sp_size to 1"
+            "DeepSpeed's Ulysses, which has not been tried with hf_cwd. Set sp_size to 1"
         )
     # What transformers makes of --fsdp and --fsdp_config; its defaults differ by version.
     plugin = args.fsdp_plugin_args

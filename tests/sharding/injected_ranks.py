@@ -54,7 +54,7 @@ def check_traffic(case, optimizer, seen, given, step, rank, world):
     if not names:
         assert not calls, f"an element-wise rule communicated: {calls}"
         return 0
-    plan = optimizer.exchange.plan
+    plan = optimizer.exchanges[0].plan
     options = dict(case.variant.options)
     if step == 0:
         if case.layout == "plain" and options.get("share") == "never":
@@ -106,7 +106,7 @@ def run(case, rank, world):
         rounds = max(rounds, check_traffic(case, optimizer, seen, given, step, rank, world))
     names, moving = of_matrices(case.variant), set()
     if names:
-        moving = {names[job.entry] for job in optimizer.exchange.plan.jobs if job.round is not None}
+        moving = {names[job.entry] for job in optimizer.exchanges[0].plan.jobs if job.round is not None}
     reference = reference_of(case, rank, world, moving)
     for name, p in params.items():
         elements, one = placed(case.layout)[name][0][rank], reference.params[name]

@@ -74,7 +74,7 @@ def rank_main(folder: Path) -> None:
 
         packed.clear()
         params = [nn.Parameter(cut(parameter(*shape, seed=seed).detach())) for seed, shape in enumerate(SHAPES)]
-        rounds = train(params, cut, share="always", exchange_bytes=512).exchange.plan.rounds
+        rounds = train(params, cut, share="always", exchange_bytes=512).exchanges[0].plan.rounds
         whole = params if placements is None else [p.full_tensor() for p in params]
         same = all(torch.equal(p, q) for p, q in zip(whole, alone, strict=True))
         results[name] = {"same": same, "lists": len(packed), "rounds": rounds, "packed": max(packed, default=0)}

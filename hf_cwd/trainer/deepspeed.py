@@ -1,0 +1,177 @@
+"""DeepSpeed under the Trainer: what its configuration must, may and must not say beside ``--optim cwd_*``."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from hf_cwd.sharding import zero
+from hf_cwd.trainer.log import warn_once
+from hf_cwd.trainer.naming import PREFIX, chosen, names, unknown_name
+
+# What has not been tried with the optimizers here, or cannot work: a key, whether its value asks for it, and its name.
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("zero_optimization.zero_hpz_partition_size", lambda size: size > 1, "hpZ"),
+    ("zero_optimization.mics_shard_size", lambda size: size > 0, "MiCS"),
+    ("zero_optimization.zero_quantized_weights", bool, "ZeRO++"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", bool, "ZeRO++"),
+    ("zero_optimization.zero_quantized_gradients", bool, "ZeRO++"),
+    ("zero_optimization.zeropp_loco_param", bool, "ZeRO++"),
+    ("zero_optimization.offload_param.device", lambda device: device not in ("none", None), "parameter offload"),
+    ("zero_optimization.cpu_offload_params", bool, "parameter offload"),
+    ("zero_optimization.offload_optimizer.device", lambda device: device == "nvme", "NVMe offload"),
+    ("zero_optimization.offload_optimizer.ratio", lambda ratio: ratio != 1, "partial offload"),
+    ("zero_optimization.offload_optimizer.super_offload", bool, "SuperOffload"),
+    ("zero_optimization.zenflow", bool, "ZenFlow"),
+    ("bf16.bf16_master_weights_and_grads", bool, "bf16 master weights"),
+    ("bf16.bf16_optimizer_states", bool, "bf16 master weights"),
+    ("fp16.fp16_master_weights_and_grads", bool, "fp16 master weights"),
+    ("checkpoint.load_universal", bool, "universal checkpoints"),
+    ("tensor_parallel.autotp_size", lambda size: size > 1, "tensor parallelism"),
+    ("sequence_parallel_size", lambda size: size > 1, "Ulysses sequence parallelism"),
+    ("expert_parallel", bool, "expert parallelism"),
+    ("pipeline", bool, "pipeline parallelism"),
+)
+
+
+def is_used(args: Any) -> bool:
+    """Whether TrainingArguments, finished or not, or ``accelerate launch`` ask for DeepSpeed."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
+
+
+def adopt_section(args: Any) -> None:
+    """Lets an ``"optimizer"`` section of the configuration that names one of our optimizers work as ``--optim`` does.
+
+    Called before transformers reads the configuration; it must not see the section, see :func:`drop_section`.
+
+    Raises:
+        ValueError: the section contradicts a flag, or names another optimizer while ``--optim`` names one of ours.
+    """
+    section = _read(args).get("optimizer")
+    if not section:
+        return
+    kind, flag = str(section.get("type")), chosen(args)
+    name = kind.lower()
+    if not name.startswith(PREFIX):
+        if flag.startswith(PREFIX):
+            raise ValueError(
+                f"--optim {flag} is given, and DeepSpeed's configuration has an optimizer of its own, which would take "
+                f'its place: delete the line "optimizer": {{"type": "{kind}", ...}} from it'
+            )
+        return
+    if name not in names():
+        raise ValueError(f"DeepSpeed's configuration names the optimizer {kind}: {unknown_name(name)}")
+    default = next(field.default for field in dataclasses.fields(args) if field.name == "optim")
+    if flag not in (name, str(getattr(default, "value", default))):
+        raise ValueError(
+            f'--optim {flag} is given, and DeepSpeed\'s configuration says "optimizer": {{"type": "{kind}", ...}}: '
+            "delete one of them"
+        )
+    values = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
+    for key, attribute in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        value = values.pop(key, getattr(args, attribute))
+        if value != getattr(args, attribute):
+            raise ValueError(
+                f'DeepSpeed\'s configuration says "{key}": {value}, and --{attribute} is {getattr(args, attribute)}: '
+                f'write "{key}": "auto" there, or give --{attribute} {value}'
+            )
+    texts = [args.optim_args] if args.optim_args else []
+    args.optim = name
+    args.optim_args = ",".join(texts + [f"{key}={_text(value)}" for key, value in values.items()]) or None
+
+
+def drop_section(args: Any) -> None:
+    """Takes that section out of what transformers and Accelerate have read."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    config = {} if plugin is None else plugin.hf_ds_config.config
+    if str(config.get("optimizer", {}).get("type")).lower().startswith(PREFIX):
+        del config["optimizer"]
+        known = getattr(plugin.hf_ds_config, "mismatches", [])  # with flags that mean another optimizer's parameters
+        known[:] = [line for line in known if not line.startswith("- ds optimizer.")]
+
+
+def check(args: Any, name: str) -> None:
+    """Called with finished TrainingArguments.
+
+    Raises:
+        ValueError: something in the configuration that has not been tried with hf_cwd, or cannot work.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    config = plugin.hf_ds_config.config
+    for key, asks, what in REFUSED:
+        value = _value(config, key)
+        if value is not None and value != "auto" and asks(value):
+            raise ValueError(
+                f'--optim {name} has not been tried with DeepSpeed\'s {what} ("{key}": {value!r}): leave it out of the '
+                "configuration"
+            )
+    if config.get("zero_force_ds_cpu_optimizer", False):
+        raise ValueError(
+            f'--optim {name} is given, and DeepSpeed\'s configuration says "zero_force_ds_cpu_optimizer": true, which '
+            "puts DeepSpeedCPUAdam in its place: delete that line"
+        )
+    if "scheduler" in config and "_lr=" in (args.optim_args or ""):
+        raise ValueError(
+            f"--optim_args {args.optim_args!r} sets a second learning rate, which the scheduler of DeepSpeed's "
+            'configuration overwrites: delete its "scheduler" line, and use --lr_scheduler_type'
+        )
+    low, high = map(Version, zero.TESTED.split(" to "))
+    if not low <= Version(zero.version()) <= high:
+        warn_once(f"DeepSpeed {zero.version()} has not been tried with hf_cwd, whose tests run with {zero.TESTED}")
+
+
+def keep_ours() -> None:
+    """Prevents Accelerate from putting DeepSpeedCPUAdam in the place of our optimizer, which it does under offload.
+
+    Called where the optimizer is made, after which Accelerate reads the configuration.
+    """
+    from accelerate.state import AcceleratorState
+
+    plugin = getattr(AcceleratorState(), "deepspeed_plugin", None) if AcceleratorState._shared_state else None
+    if plugin is not None:
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+
+
+def missing_tools() -> list[str]:
+    """What DeepSpeed lacks to compile its communication for CPUs, which it does when processes meet the first time."""
+    compiler = os.environ.get("CXX", "c++")
+    lacking = [] if shutil.which(compiler.split()[0]) else [f"a C++ compiler ({compiler})"]
+    return lacking if shutil.which("ninja") else [*lacking, "ninja"]
+
+
+def check_tools(name: str) -> None:
+    """Raises RuntimeError where processes would end in the middle of a compilation that cannot work."""
+    if not torch.accelerator.is_available() and (missing := missing_tools()):
+        raise RuntimeError(
+            f"--optim {name}: without an accelerator DeepSpeed compiles its communication when it starts, and needs "
+            f"{' and '.join(missing)} for it. Install that (apt install g++, pip install ninja), or train with FSDP2"
+        )
+
+
+def _read(args: Any) -> Mapping[str, Any]:
+    """The configuration as the user wrote it."""
+    source = args.deepspeed or (os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if is_used(args) else None)
+    if not source or source == "none":
+        return {}
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(source).config
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _text(value: Any) -> str:
+    """A value as ``--optim_args`` has it."""
+    if isinstance(value, list | tuple):
+        return ":".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
