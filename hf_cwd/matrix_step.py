@@ -113,7 +113,7 @@ class MatrixStep:
             count: see :class:`hf_cwd.decay.DecayCount`.
             meanwhile: work that needs no matrix, done while the first parts travel.
         """
-        _, exchange, kinds, caches = self._prepare(members)
+        _, exchange, kinds, caches = self.prepare(members)
         items: dict[int, list[Item]] = {}
 
         def directions(wanted: Sequence[int], outs: Mapping[int, Tensor]) -> list[Tensor]:
@@ -144,13 +144,13 @@ class MatrixStep:
             for i, u in zip(wanted, found, strict=True):
                 flat, own = members[i].flat, items.pop(i)
                 some += own
-                us += [u.view(own[0].param.shape)] if flat is None else flat.cut(u)
+                us += [u.view(own[0].param.shape)] if flat is None else flat.cut(u.view(-1))
             kernels.apply(some, us, [s for i in wanted for s in kinds[i].scales], count, caches[wanted[0]])
 
         exchange.run([member.param.grad is not None for member in members], directions, apply, meanwhile)
 
-    def _prepare(self, members: Sequence[Member]) -> _Prepared:
-        """Makes the exchange at the first step, since FSDP2 swaps parameters before it, and again after a change."""
+    def prepare(self, members: Sequence[Member]) -> _Prepared:
+        """The exchange of these: made before the first step, since FSDP2 swaps parameters, and again after a change."""
         stages = {id(m.group): Stage.of(m.rule.name, dict(m.settings.hyper)) for m in members}
         made_for = [(id(m.param), m.layout, stages[id(m.group)]) for m in members]
         place = id(members[0].param)

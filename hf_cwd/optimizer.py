@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_cwd import kernels, states
 from hf_cwd.decay import DecayCount
+from hf_cwd.kernels.base import Settings
 from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.origins import Origins
 from hf_cwd.refusals import are_plain, check_layout, check_masters, problem, refuse_torch_kernels
@@ -87,6 +88,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         refuse_torch_kernels(options)
         self.companions = dict(companions or {})
         self.decay_count: DecayCount | None = None
+        self._is_prepared = False
         self._origins = Origins()
         self._matrix_step = MatrixStep.of(_rule(algorithm), options)
         self._cache: dict[Any, Any] = {}  # the kernels' tables
@@ -108,7 +110,9 @@ class CWDOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("companions", "_origins", "_matrix_step")
         return (
-            super().__getstate__() | {name: getattr(self, name) for name in own} | {"decay_count": None, "_cache": {}}
+            super().__getstate__()
+            | {name: getattr(self, name) for name in own}
+            | {"decay_count": None, "_is_prepared": False, "_cache": {}}
         )
 
     @property
@@ -191,8 +195,10 @@ class CWDOptimizer(torch.optim.Optimizer):
                 for position, p in enumerate(group["params"]):
                     if found := problem(p, needs_matrices and self._origins.flat(p, group) is None):
                         raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
-        if not self.state:
+        if not self._is_prepared:
             check_masters(self.param_groups)
+            self._prepare_flat()
+            self._is_prepared = True
         if only_initialises(self):
             for group in self.param_groups:
                 for p in group["params"]:
@@ -205,15 +211,30 @@ class CWDOptimizer(torch.optim.Optimizer):
             self._step_elementwise()
         return loss
 
+    def _prepare_flat(self) -> None:
+        """Looks at all of DeepSpeed's flat tensors, which it shows one by one, before the first of them is changed."""
+
+        def needs(group: dict[str, Any]) -> bool:
+            return _rule(group["algorithm"]).matrix is not None
+
+        flats = self._origins.flat_tensors(needs)
+        shown = {p for group in self.param_groups for p in group["params"]}
+        for group, p in flats:
+            if needs(group) and not shown.issuperset(p for _, p in flats):
+                self._matrix_step.prepare([self._member(p, 0, group, states.settings(group))])
+        for group, p in flats:  # stages 1 and 2 link the states of all groups after the first one's step
+            states.make(self.state[p], p, group)
+
+    def _member(self, p: Tensor, position: int, group: dict[str, Any], given: Settings) -> Member:
+        return Member(p, group, given, self._origins.describe(p, position, group), self._origins.flat(p, group))
+
     def _members(self) -> list[Member]:
         """The parameters of matrix rules, those without a gradient too."""
         members = []
         for group in self.param_groups:
             if _rule(group["algorithm"]).matrix is not None:
                 given = states.settings(group)
-                for position, p in enumerate(group["params"]):
-                    name = self._origins.describe(p, position, group)
-                    members.append(Member(p, group, given, name, self._origins.flat(p, group)))
+                members += [self._member(p, i, group, given) for i, p in enumerate(group["params"])]
         return members
 
     def _step_elementwise(self) -> None:

@@ -1,7 +1,7 @@
 """What parameter groups were made of: FSDP2 and DeepSpeed put other tensors in the place of a model's parameters."""
 
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._origins: list[_Origin] = []
-        self._flat: dict[Tensor, FlatShard | None] = {}
+        self._flat: dict[Tensor, FlatShard | ValueError | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_origins": self._origins, "_flat": {}}
@@ -60,31 +60,52 @@ class Origins:
             return None
         if p not in self._flat:
             try:
-                self._flat[p] = self._find(p, group)
+                params, names = self._model_params(group)
+                stands_for = zero.is_sharded(params) and not any(param is p for param in params)
+                self._flat[p] = zero.flat_shard(p, params, names) if stands_for else None
+            except ValueError as error:
+                self._flat[p] = error
+        found = self._flat[p]
+        if isinstance(found, ValueError):
+            if needed:
+                raise found
+            return None
+        return found
+
+    def flat_tensors(self, needs: Callable[[Group], bool]) -> list[tuple[Group, Tensor]]:
+        """DeepSpeed's flat tensors of all groups, also of those that it does not show the optimizer at the moment.
+
+        Raises:
+            ValueError: as :meth:`flat`, of a group that needs to know what lies in them.
+        """
+        found = []
+        for group in (origin.group for origin in self._origins):
+            needed, flats = needs(group), []
+            try:
+                flats = zero.flat_tensors(self._model_params(group)[0])
             except ValueError:
                 if needed:
                     raise
-                self._flat[p] = None
-        return self._flat[p]
+            flats = flats or group["params"]
+            found += [(group, p) for p in flats if self.flat(p, group, needed=needed) is not None]
+        return found
 
-    def _find(self, p: Tensor, group: Group) -> FlatShard | None:
+    def _model_params(self, group: Group) -> tuple[list[Tensor], list[str]]:
+        """What the group was made of, as far as it is still there, and names."""
         origin = self._of(group)
         refs = [] if origin is None else origin.params
         alive = [(i, param) for i, ref in enumerate(refs) if (param := ref()) is not None]
-        params = [param for _, param in alive]
-        if any(param is p for param in params) or not zero.is_sharded(params):
-            return None
-        return zero.flat_shard(p, params, [self._name(origin, i, param) for i, param in alive])
+        return [param for _, param in alive], [self._name(origin, i, param) for i, param in alive]
 
     @property
     def has_flat(self) -> bool:
         """Whether flat tensors have been stepped."""
-        return any(flat is not None for flat in self._flat.values())
+        return any(isinstance(flat, FlatShard) for flat in self._flat.values())
 
     def describe(self, p: Tensor, position: int, group: Group) -> str:
         """A parameter in words, with its name where the optimizer was given names."""
         flat = self._flat.get(p)
-        if flat is None:
+        if not isinstance(flat, FlatShard):
             return self._name(self._of(group), position, p)
         names = [param.name for param in flat.params]
         some = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

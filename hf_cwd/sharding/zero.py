@@ -5,8 +5,9 @@ group's parameters one after another and give each rank an equal part of that; s
 each parameter. Both leave padding, which belongs to no parameter.
 """
 
+import contextlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -202,6 +203,18 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
     return any(hasattr(p, "_hp_mapping") or getattr(p, "_z3_optimizer", None) is not None for p in params)
 
 
+def flat_tensors(params: Sequence[Tensor]) -> list[Tensor]:
+    """The flat tensors of some parameters under stage 3; otherwise none. Raises as :func:`flat_shard` does."""
+    found: dict[int, Tensor] = {}
+    with _reading_deepspeed():
+        for p in params:
+            if (keeper := getattr(p, "_z3_optimizer", None)) is not None:
+                sub_group, *_ = keeper.grad_position[keeper.get_param_id(p)]
+                flat = keeper.fp32_partitioned_groups_flat[sub_group]
+                found[id(flat)] = flat
+    return list(found.values())
+
+
 def flat_shard(flat: Tensor, params: Sequence[Tensor], names: Sequence[str]) -> FlatShard:
     """What of a group's parameters lies in a flat tensor; nothing is communicated.
 
@@ -216,15 +229,10 @@ def flat_shard(flat: Tensor, params: Sequence[Tensor], names: Sequence[str]) -> 
     own = [(p, name) for p, name in zip(params, names, strict=True) if is_sharded([p])]
     if not own:
         raise ValueError("none of the group's parameters is sharded by DeepSpeed")
-    try:
+    with _reading_deepspeed():
         find = _by_stage_3 if getattr(own[0][0], "_z3_optimizer", None) is not None else _by_stages_1_2
         held = find(flat, own)
         device = getattr(own[0][0], "ds_tensor", own[0][0]).device  # of stage 3 the empty one may lie anywhere
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"DeepSpeed {version()} does not say where it keeps parameters as the versions that hf_cwd was tested with "
-            f"do ({TESTED}): {type(error).__name__}: {error}. Use one of those, or an element-wise rule (cwd_adamw)"
-        ) from error
     rank = dist.get_rank()
     fragments = []
     for i, (_, param) in enumerate(held):
@@ -238,6 +246,17 @@ def flat_shard(flat: Tensor, params: Sequence[Tensor], names: Sequence[str]) -> 
         raise ValueError(f"its parameters do not fit into a flat tensor of {flat.numel()} elements: {fragments}")
     tensors, params = zip(*held, strict=True) if held else ((), ())
     return FlatShard(params, tuple(fragments), tensors, device)
+
+
+@contextlib.contextmanager
+def _reading_deepspeed() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"DeepSpeed {version()} does not say where it keeps parameters as the versions that hf_cwd was tested with "
+            f"do ({TESTED}): {type(error).__name__}: {error}. Use one of those, or an element-wise rule (cwd_adamw)"
+        ) from error
 
 
 def _by_stage_3(flat: Tensor, params: Sequence[tuple[Tensor, str]]) -> list[tuple[Tensor, Held]]:

@@ -45,21 +45,29 @@ class Variation:
     resumes: bool = False  # from its checkpoint after half of the steps, in a second run
 
 
-ACCUMULATION = {"gradient_accumulation_steps": 2}
+ACCUMULATION, CLIPPING = {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.05}
+RESUMING = {"save_strategy": "steps", "save_steps": STEPS // 2}
 VARIATIONS: dict[str, Variation] = {
     "plain": Variation(),
     "float32": Variation(float32=True),
     "accumulation": Variation(ACCUMULATION, equals="plain"),
     "checkpointing": Variation({"gradient_checkpointing": True}, equals="plain"),
-    "clipping": Variation({"max_grad_norm": 0.05}),
+    "clipping": Variation(CLIPPING),
     "lora": Variation(model="lora"),
     "frozen": Variation(model="frozen"),
+    # DeepSpeed trains in no float64.
+    "float32_accumulation": Variation(ACCUMULATION, equals="float32", float32=True),
+    "float32_checkpointing": Variation({"gradient_checkpointing": True}, equals="float32", float32=True),
+    "float32_clipping": Variation(CLIPPING, float32=True),
+    "float32_lora": Variation(model="lora", float32=True),
+    "float32_frozen": Variation(model="frozen", float32=True),
+    "float32_resumed": Variation(RESUMING, equals="float32", float32=True, resumes=True),
     # Each of two ranks rounds its gradients to bfloat16 before they are added: so does a step of accumulation.
     "bfloat16": Variation({"bf16": True}, equals="bfloat16_accumulated", float32=True),
     "bfloat16_accumulated": Variation({"bf16": True, **ACCUMULATION}, float32=True),
     # Dynamo and AOTAutograd without Inductor, whose C++ takes a minute to compile.
     "compiled": Variation({"torch_compile": True, "torch_compile_backend": "aot_eager"}, equals="plain"),
-    "resumed": Variation({"save_strategy": "steps", "save_steps": STEPS // 2}, equals="plain", resumes=True),
+    "resumed": Variation(RESUMING, equals="plain", resumes=True),
 }
 
 
@@ -77,6 +85,7 @@ class Layout:
     variations: tuple[str, ...] = ()  # in which it trains Llama besides
     matrices: bool = True  # whether rules for whole matrices can train so
     sums_in_bfloat16: bool = False  # with --bf16 it adds up in bfloat16 what the ranks have computed
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # its configuration, beside what the Trainer fills in
 
     @property
     def same_batch(self) -> int:
@@ -86,7 +95,14 @@ class Layout:
     @property
     def accelerate_shards(self) -> bool:
         """Whether Accelerate has to take CPUs for accelerators, see scripts/cpu_ranks.py."""
-        return bool(self.arguments or self.parallelism) or self.same_batch > 1 or self.world == 4
+        sharded = bool(self.arguments or self.parallelism) or self.same_batch > 1 or self.world == 4
+        return sharded and not self.deepspeed
+
+
+def zero(stage: int, *, top: dict[str, Any] | None = None, **section: Any) -> dict[str, Any]:
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    filled = {**dict.fromkeys(auto, "auto"), "bf16": {"enabled": "auto"}}
+    return {**filled, "zero_optimization": {"stage": stage, **section}, **(top or {})}
 
 
 def fsdp(**config: Any) -> dict[str, Any]:
@@ -103,9 +119,20 @@ FSDP_TP_CUT = frozenset({"(_StridedShard(dim=0, sf=2), Shard(dim=0))", "(Shard(d
 FSDP1 = {"use_orig_params": True, "sync_module_states": False}
 SHARDED_STATE = fsdp(state_dict_type="SHARDED_STATE_DICT")
 
+OFFLOADED = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+FLOAT32 = ("float32_accumulation", "float32_checkpointing", "float32_clipping", "float32_lora", "float32_frozen")
+IN_PARTS = frozenset({"partitioned"})
+
 EVERY_MODEL = tuple(MODELS)
 COMMON = ("float32", "accumulation", "checkpointing", "clipping", "lora", "frozen", "bfloat16")
 COMPILED, RESUMED = ("compiled",), ("resumed",)
+
+
+def deepspeed(world: int, config: dict[str, Any], *, plain: str = "float32", **options: Any) -> Layout:
+    parts = IN_PARTS if config["zero_optimization"]["stage"] == 3 else frozenset()
+    return Layout(world, placements=parts, plain=plain, sums_in_bfloat16=True, deepspeed=config, **options)
+
+
 LAYOUTS: dict[str, Layout] = {
     "ddp": Layout(2, models=EVERY_MODEL, variations=COMMON + COMPILED),
     # The Trainer multiplies the loss by 3, which the float32 that Llama's norms compute in rounds: not for float64.
@@ -131,6 +158,20 @@ LAYOUTS: dict[str, Layout] = {
     # In float64 FSDP2 divides the experts' gradients twice: their group is one rank and has a divisor of its own.
     "fsdp_ep": Layout(2, {}, {}, {"fsdp_size": 2, "ep_size": 2}, EP_CUT, ("qwen3_moe",), plain="float32"),
     "tp_ep": Layout(2, {}, {}, {"tp_size": 2, "ep_size": 2}, TP_CUT, ("qwen3_moe",)),
+    "zero1": deepspeed(2, zero(1), models=EVERY_MODEL, variations=("float32_resumed",)),
+    "zero2": deepspeed(2, zero(2), models=EVERY_MODEL, variations=(*FLOAT32, "float32_resumed", "bfloat16")),
+    "zero3": deepspeed(2, zero(3), models=EVERY_MODEL, variations=(*FLOAT32, "float32_resumed", "bfloat16")),
+    "zero1_offloaded": deepspeed(2, zero(1, **OFFLOADED)),
+    "zero2_offloaded": deepspeed(2, zero(2, **OFFLOADED), variations=("float32_accumulation",)),
+    "zero3_offloaded": deepspeed(2, zero(3, **OFFLOADED), variations=("float32_resumed", "bfloat16")),
+    "zero2_round_robin": deepspeed(2, zero(2, round_robin_gradients=True)),
+    "zero3_sub_groups": deepspeed(2, zero(3, sub_group_size=4000), variations=("float32_resumed",)),
+    "bf16_optimizer": deepspeed(2, zero(1, top={"data_types": {"grad_accum_dtype": "fp32"}}), plain="bfloat16"),
+    "zero1_3": deepspeed(3, zero(1)),
+    "zero2_3": deepspeed(3, zero(2), models=("llama", "llama_tied", "qwen3_moe"), variations=("float32_resumed",)),
+    "zero3_3": deepspeed(3, zero(3), models=("llama", "llama_tied", "qwen3_moe"), variations=("float32_resumed",)),
+    "zero3_offloaded_3": deepspeed(3, zero(3, **OFFLOADED)),
+    "zero1_aligned_3": deepspeed(3, zero(1, parameter_alignment=True)),
 }
 
 
@@ -146,14 +187,14 @@ class Case(NamedTuple):
         return "-".join((self.layout or "one", self.model, self.rule, self.variation))
 
 
-def cases(world: int) -> list[Case]:
-    """What ``world`` ranks train; one process trains what the others are compared with."""
+def cases(world: int, *, deepspeed: bool = False) -> list[Case]:
+    """What ``world`` ranks train in one launch; one process trains what the others are compared with."""
     if world == 1:
-        wanted = [one_process(case) for ranks in (2, 3, 4) for case in cases(ranks)]
-        return list(dict.fromkeys(wanted))
+        launches = [cases(ranks, deepspeed=kind) for ranks in (2, 3, 4) for kind in (False, True)]
+        return list(dict.fromkeys(one_process(case) for launch in launches for case in launch))
     found = []
     for name, layout in LAYOUTS.items():
-        if layout.world != world:
+        if layout.world != world or bool(layout.deepspeed) != deepspeed:
             continue
         rules = [rule for rule in RULES.values() if layout.matrices or rule.matrix is None]
         found += [Case(name, model, rule.name, layout.plain) for model in layout.models for rule in rules]
@@ -164,7 +205,8 @@ def cases(world: int) -> list[Case]:
 
 def varied(rules: list[Rule], variation: str) -> list[Rule]:
     """A rule for matrices has its companion in the same optimizer: two rules in one run."""
-    return rules if variation in ("float32", "resumed") else [rule for rule in rules if rule.matrix is not None]
+    whole = ("float32", "resumed", "float32_resumed")
+    return rules if variation in whole else [rule for rule in rules if rule.matrix is not None]
 
 
 def one_process(case: Case) -> Case:

@@ -11,7 +11,8 @@ from tests.sharding import layouts
 from tests.sharding.layouts import GLOBAL_BATCH, LAYOUTS, LEARNING_RATE, STEPS, VARIATIONS, WEIGHT_DECAY, Case
 
 WORLDS = (2, 3, 4)
-CASES = [case for world in WORLDS for case in layouts.cases(world)]
+LAUNCHES = [(world, deepspeed) for world in WORLDS for deepspeed in (False, True)]
+CASES = [case for world, deepspeed in LAUNCHES for case in layouts.cases(world, deepspeed=deepspeed)]
 
 # A gradient's rounding in float64, about 1e-17 here, is divided by AdamW's eps of 1e-8 where the gradient is smaller
 # than that: lr * 1e-9 a step. In float32 it is about 1e-9, and divided by the eps of 1e-4 that these cases set.
@@ -27,19 +28,22 @@ def table(tmp_path_factory):
     """What the ranks of each world size wrote: a list of ranks, each a dict of exactly the cases it was to train."""
     folder, cache = tmp_path_factory.mktemp("table"), {}
 
-    def ranks(world):
-        if world not in cache:
-            cache[world] = None  # a launch that fails is not repeated by each of its tests
+    def ranks(world, deepspeed=False):
+        launch = world, deepspeed
+        if launch not in cache:
+            cache[launch] = None  # a launch that fails is not repeated by each of its tests
             launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={free_port()}"]
-            program = ["-m", "tests.sharding.trainer_ranks", folder]
+            kind = ["deepspeed"] if deepspeed else []
+            program = ["-m", "tests.sharding.trainer_ranks", folder, *kind]
             result = finish(start(*(launcher if world > 1 else []), *program, cwd=ROOT))
-            files = [folder / f"{world}-{rank}" for rank in range(world)]
+            files = [folder / "-".join([str(world), str(rank), *kind]) for rank in range(world)]
             # Not by the exit status: some launches abort at the interpreter's exit, with all results written.
             loaded = [torch.load(file, weights_only=False) for file in files if file.exists()]
-            cache[world] = [{Case(*case): result for case, result in rank.items()} for rank in loaded]
-            assert [list(rank) for rank in cache[world]] == [layouts.cases(world)] * world, result.stderr
-        assert cache[world] is not None, f"the launch of {world} ranks failed: see the first test that needed it"
-        return cache[world]
+            cache[launch] = [{Case(*case): result for case, result in rank.items()} for rank in loaded]
+            wanted = layouts.cases(world, deepspeed=deepspeed)
+            assert [list(rank) for rank in cache[launch]] == [wanted] * world, result.stderr
+        assert cache[launch] is not None, f"the launch of {world} ranks failed: see the first test that needed it"
+        return cache[launch]
 
     ranks(1)  # it writes the models that the others load
     return ranks
@@ -74,14 +78,15 @@ def test_one_process(table, case):
     result = table(1)[0][case]
     moved = {name for name, p in result["weights"].items() if not torch.equal(p, result["start"][name])}
     assert moved == set(result["trained"])
-    if case.variation in ("lora", "frozen"):
+    if VARIATIONS[case.variation].model:
         assert moved < set(result["start"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_one_process(table, case):
     layout, variation = LAYOUTS[case.layout], VARIATIONS[case.variation]
-    ranks, one = [rank[case] for rank in table(layout.world)], table(1)[0][layouts.one_process(case)]
+    ranks = [rank[case] for rank in table(layout.world, bool(layout.deepspeed))]
+    one = table(1)[0][layouts.one_process(case)]
     for rank in ranks:
         assert rank["world_size"] == layout.world
         assert rank["optimizer"] == one["optimizer"]
@@ -98,15 +103,18 @@ def test_equals_one_process(table, case):
     coarse = layout.sums_in_bfloat16 and case.variation == "bfloat16"
     tolerance = 1e-2 if coarse else NORM_TOLERANCE[dtype]  # bfloat16 has 8 bits
     for rank in ranks:
-        for norms in ("logged_norms", "applied_norms"):
+        for norms in ("logged_norms",) if layout.deepspeed else ("logged_norms", "applied_norms"):
             assert rank[norms] == pytest.approx(one[norms], rel=tolerance)
             assert len(rank[norms]) == STEPS
         assert rank["weights"].keys() == one["weights"].keys()
         if coarse:
             # Gradients rounded to bfloat16 on their way move elements whose gradient nearly cancels: a few percent of
             # the way that all went (0.03 here); what lost a shard or a rank would be as far off as the way is long.
-            moved, wanted = movement(rank["weights"], one["start"]), movement(one["weights"], one["start"])
-            assert (moved - wanted).norm() <= 0.1 * wanted.norm()
+            # DeepSpeed's masters start from weights in bfloat16, and it computes with such: there a sign in twenty
+            # differs under Lion (0.22 of the way; 0.03 with other rules).
+            start = {n: x.bfloat16() for n, x in one["start"].items()} if layout.deepspeed else one["start"]
+            moved, wanted = movement(rank["weights"], start), movement(one["weights"], one["start"])
+            assert (moved - wanted).norm() <= (0.3 if layout.deepspeed else 0.1) * wanted.norm()
             continue
         differing = 0
         for name, x in one["weights"].items():
@@ -120,7 +128,7 @@ def test_equals_one_process(table, case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.variation != "plain"], ids=str)
 def test_variation_was_active(table, case):
     variation, layout = VARIATIONS[case.variation], LAYOUTS[case.layout]
-    for rank in (rank[case] for rank in table(layout.world)):
+    for rank in (rank[case] for rank in table(layout.world, bool(layout.deepspeed))):
         calls = STEPS * variation.arguments.get("gradient_accumulation_steps", 1)
         if case.variation == "compiled":
             assert rank["graphs"] > 0
@@ -129,9 +137,10 @@ def test_variation_was_active(table, case):
             dtype = torch.bfloat16 if "bf16" in variation.arguments else dtype
             recomputed = 2 if "gradient_checkpointing" in variation.arguments else 1
             assert rank["linear_dtypes"] == [dtype] * (calls * recomputed)
-        if case.variation == "clipping":
+        if "max_grad_norm" in variation.arguments:
             limit = variation.arguments["max_grad_norm"]
             assert min(rank["logged_norms"]) > 2 * limit
+        if "max_grad_norm" in variation.arguments and not layout.deepspeed:  # which steps before it can be seen
             assert rank["applied_norms"] == pytest.approx([limit] * STEPS, rel=1e-4)  # torch divides by norm + 1e-6
         if variation.resumes:
             resumed = rank["resumed"]

@@ -1,6 +1,6 @@
 """Trains the cases of layouts.py for this world size; each rank writes what it saw to FOLDER/WORLD-RANK.
 
-    torchrun --nproc_per_node 2 -m tests.sharding.trainer_ranks FOLDER
+    torchrun --nproc_per_node 2 -m tests.sharding.trainer_ranks FOLDER [deepspeed]
 
 One process comes first: it also writes the models that all start from.
 """
@@ -17,8 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_cwd  # noqa: F401
+from hf_cwd.trainer.guards import innermost
 from scripts import cpu_ranks
 from tests.sharding import layouts
 from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS
@@ -100,8 +102,29 @@ def plain_name(name):
 
 def weights(model):
     """All parameters whole, by the names of an unsharded model; cloned, for trained ones share memory with them."""
+    if hasattr(next(model.parameters()), "_hp_mapping") or is_partitioned(model):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        # Round-robin gradients leave the table of masters wrong, and frozen parameters have none.
+        masters = {
+            name: safe_get_full_fp32_param(p) for name, p in model.named_parameters() if p.dtype != torch.float32
+        }
+        return {name: masters[name] if name in masters else gathered(p) for name, p in model.named_parameters()}
     with torch.distributed.fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=False):
         return {plain_name(name): whole(p).clone() for name, p in model.named_parameters()}
+
+
+def is_partitioned(model):
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def gathered(p):
+    if not hasattr(p, "ds_id"):
+        return p.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p]):
+        return p.detach().clone()
 
 
 def load(folder, case):
@@ -124,6 +147,8 @@ def arguments(case, output, world):
         options |= layout.arguments
         if layout.parallelism:
             options["parallelism_config"] = ParallelismConfig(**layout.parallelism)
+        if layout.deepspeed:
+            options["deepspeed"] = layout.deepspeed
     return TrainingArguments(
         output_dir=str(output),
         use_cpu=True,
@@ -142,7 +167,10 @@ def arguments(case, output, world):
 
 
 def train(folder, case, output, world, resume=None):
-    model, args = load(folder, case), arguments(case, output, world)
+    deepspeed = case.layout is not None and bool(LAYOUTS[case.layout].deepspeed)
+    early = arguments(case, output, world) if deepspeed else None  # for from_pretrained has to know of stage 3
+    model = load(folder, case)
+    args = early or arguments(case, output, world)
     start = {name: p.detach().clone() for name, p in model.named_parameters()} if world == 1 else None
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     norms = Norms(flattened=case.layout == "fsdp1")
@@ -164,9 +192,10 @@ def train(folder, case, output, world, resume=None):
         "world_size": args.world_size,
         "linear_dtypes": dtypes,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        "placements": {name: str(p.placements) for name, p in parameters.items() if isinstance(p, DTensor)},
+        "placements": {name: str(p.placements) for name, p in parameters.items() if isinstance(p, DTensor)}
+        | ({"any": "partitioned"} if is_partitioned(trainer.model) else {}),
         "numels": {name: (p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in parameters.items()},
-        "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
+        "optimizer": type(innermost(trainer.optimizer)).__name__,
     }
 
 
@@ -188,6 +217,7 @@ def run(folder, case, world):
 def reset():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -201,13 +231,17 @@ def main():
             set_seed(0)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
             model.double().save_pretrained(folder / name)
-    results, switched = {}, False
-    for case in layouts.cases(world):
+    results, switched, deepspeed = {}, False, sys.argv[2:] == ["deepspeed"]
+    if deepspeed:
+        import deepspeed as library
+
+        library.init_distributed("gloo")  # zero.Init wants to know the ranks before there is a Trainer
+    for case in layouts.cases(world, deepspeed=deepspeed):
         if not switched and case.layout and LAYOUTS[case.layout].accelerate_shards:
             cpu_ranks.switch_on()
             switched = True
         results[tuple(case)] = run(folder, case, world)
-    torch.save(results, folder / f"{world}-{rank}")
+    torch.save(results, folder / "-".join([str(world), str(rank), *sys.argv[2:]]))
 
 
 if __name__ == "__main__":
