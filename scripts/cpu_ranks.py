@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Accelerate's FSDP, FSDP2 and ParallelismConfig on CPU ranks, which it keeps for accelerators; then `-m hf_cwd`.
+"""Accelerate's FSDP, FSDP2 and ParallelismConfig, and DeepSpeed, on CPU ranks; then as `-m hf_cwd`.
 
     torchrun --nproc_per_node 2 scripts/cpu_ranks.py script.py --use_cpu --fsdp --optim cwd_adamw ...
+    torchrun --nproc_per_node 2 scripts/cpu_ranks.py script.py --use_cpu --deepspeed configs/deepspeed/zero3.json ...
 
-What runs is Accelerate's and torch's own code, with gloo between the ranks: to try a layout on a laptop, and in tests.
-With an accelerator for each rank nothing of this is needed.
+Accelerate keeps these layouts for accelerators. What runs is its own code, and torch's and DeepSpeed's, with gloo
+between the ranks: to try a layout on a laptop, and in tests. With an accelerator for each rank it is not needed.
 """
 
 import os
@@ -47,8 +48,29 @@ def switch_on() -> None:
     distributed.fsdp.CPUOffloadPolicy = CPUOffloadPolicy
 
 
+def meet() -> None:
+    """Instead, for DeepSpeed: it trains on CPUs as it is, once it knows the ranks.
+
+    It knows them where it has started their communication itself, and with --use_cpu Accelerate does that. At stage 3,
+    where a model is cut while it is loaded, each would then take itself for the only one, and refuse the batch size.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for a GPU, and warns that there is none
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def asks_for_deepspeed() -> bool:
+    """By `accelerate launch`, or by the script's own flag."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
+    return launched or any(argument.partition("=")[0] == "--deepspeed" for argument in sys.argv[1:])
+
+
 if __name__ == "__main__":
     from hf_cwd import launcher
 
-    switch_on()
+    if asks_for_deepspeed():
+        meet()
+    else:
+        switch_on()
     launcher.main(sys.argv[1:], program="cpu_ranks.py")

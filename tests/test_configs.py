@@ -1,4 +1,4 @@
-"""configs/: the paper's models, recipes that start as they are written, and how many processes Accelerate starts."""
+"""configs/: models, recipes and DeepSpeed's files as they are written, and how many processes Accelerate starts."""
 
 import json
 import lzma
@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import hf_cwd  # noqa: F401  registers the cwd_* names
 from hf_cwd.trainer.options import optimizer_arguments
+from tests.trainer.conftest import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs/recipes").iterdir())
+DEEPSPEED = sorted((ROOT / "configs/deepspeed").iterdir())
 # Sequences in a batch, steps, AdamW's learning rate, weight decay and eps, warm-up steps.
 SIZES = {
     "llama-111m": (128, 7252, 1.649e-3, 0.261, 1e-6, 1000),
@@ -145,6 +150,43 @@ def test_recipe_starts(path, lm, tmp_path):
     assert all(group["initial_lr"] == expected["lr"] for group in groups)
     for key in expected.keys() - {"lr", "adamw_betas", "adamw_eps"}:
         assert groups[0][key] == expected[key], key
+
+
+@pytest.fixture
+def _no_deepspeed_is_left():
+    yield
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.usefixtures("_no_deepspeed_is_left")
+@pytest.mark.parametrize("precision", ["fp16", "bf16", None])
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+def test_deepspeed_leaves_the_trainer_s_flags_to_the_trainer(path, precision, tmp_path):
+    model = tiny_llama()
+    flags = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "max_grad_norm": 0.7}
+    flags |= {precision: True} if precision else {}
+    training = TrainingArguments(str(tmp_path), deepspeed=str(path), use_cpu=True, optim="cwd_muon", **flags)
+    training.hf_deepspeed_config.trainer_config_finalize(training, model, 10)  # raises where flag and file disagree
+    config = training.deepspeed_plugin.deepspeed_config
+    assert "auto" not in json.dumps(config)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 5)
+    assert (config["train_batch_size"], config["gradient_clipping"]) == (15, 0.7)
+    assert [config[key]["enabled"] for key in ("fp16", "bf16")] == [precision == "fp16", precision == "bf16"]
+
+
+def test_deepspeed_and_accelerate_agree():
+    """Files of one name ask for the same stage and offload, and for nothing that a script has a flag for."""
+    for path in sorted((ROOT / "configs/accelerate").glob("zero*.yaml")):
+        asked = yaml.safe_load(path.read_text())
+        options = asked.pop("deepspeed_config")
+        zero = json.loads((ROOT / f"configs/deepspeed/{path.stem}.json").read_text())["zero_optimization"]
+        given = {"zero_stage": zero["stage"]}
+        if "offload_optimizer" in zero:
+            given["offload_optimizer_device"] = zero["offload_optimizer"]["device"]
+        if zero["stage"] == 3:
+            given |= {"zero3_init_flag": True, "zero3_save_16bit_model": True}
+            assert zero["stage3_gather_16bit_weights_on_model_save"]
+        assert (options, asked["mixed_precision"]) == (given, "no")
 
 
 PROBE = """

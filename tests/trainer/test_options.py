@@ -142,15 +142,6 @@ def test_contradictions_and_what_cannot_be_honoured(arguments):
         arguments(optim="cwd_sgd", optim_args="nesterov=true")
 
 
-def test_deepspeed_is_refused_until_it_is_supported(arguments, monkeypatch):
-    message = "does not support --deepspeed yet: train with DDP or FSDP2"
-    with pytest.raises(ValueError, match=f"cwd_lion {message}"):
-        arguments(optim="cwd_lion", deepspeed="zero3.json")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=f"cwd_adamw {message}"):
-        arguments(optim="cwd_adamw")
-
-
 FSDP1 = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 1}}
 
 
