@@ -11,6 +11,12 @@ time there is the device's, between two events.
     scripts/bench_train.py --threads 2
     scripts/bench_train.py --config_name configs/models/llama-111m.json --bf16 --batch_size 16 --block_size 1024
     scripts/bench_train.py --optimizers adamw_torch_fused cwd_muon cwd_muon:ns=gram,ns_dtype=bfloat16
+
+Under DeepSpeed, by as many processes as torchrun starts, of which the first one reports; with CPU offload adamw_torch
+is DeepSpeedCPUAdam there, which Accelerate puts in its place:
+
+    torchrun --nproc_per_node 2 scripts/bench_train.py --deepspeed configs/deepspeed/zero2_offload.json --threads 1 \\
+        --optimizers adamw_torch cwd_adamw cwd_lion cwd_muon
 """
 
 import argparse
@@ -51,6 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="blocks of each optimizer (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="no round begins later (%(default)s)")
+    parser.add_argument(
+        "--deepspeed", type=Path, metavar="CONFIG", help="train under DeepSpeed with this configuration"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
     parser.add_argument("--threads", type=int, help="(all cores)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
@@ -60,6 +69,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {value}: give at least 1")
     if not args.config_name.is_file():
         parser.error(f"--config_name {args.config_name}: no such file")
+    if args.deepspeed and not args.deepspeed.is_file():
+        parser.error(f"--deepspeed {args.deepspeed}: no such file")
+    if args.deepspeed and "RANK" not in os.environ:
+        parser.error("--deepspeed: start it by torchrun, also a single process")
     if len(set(args.optimizers)) < len(args.optimizers):
         parser.error(f"--optimizers {' '.join(args.optimizers)}: each once; the baseline is run twice as it is")
     if args.threads:
@@ -89,6 +102,8 @@ def stopwatch(device: str, warmup: int, last: int) -> Any:
     from bench_machine import synchronize
     from transformers import TrainerCallback
 
+    from hf_cwd.trainer.guards import innermost
+
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
             self.seconds, self.losses, self.marks = 0.0, [], []
@@ -102,7 +117,7 @@ def stopwatch(device: str, warmup: int, last: int) -> Any:
                 self.marks.append(time.perf_counter())
 
         def on_train_begin(self, args, state, control, optimizer=None, **_):
-            inner = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+            inner = innermost(optimizer)
             inner.register_step_pre_hook(lambda *_: self.mark())
             inner.register_step_post_hook(lambda *_: self.mark())
 
@@ -150,6 +165,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         **{"learning_rate": options.get("learning_rate", 3e-4), "weight_decay": 0.1, "save_strategy": "no"},
         **{"logging_strategy": "steps" if every else "no", "logging_steps": every or 500, "logging_first_step": True},
         **{"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": device == "cuda"},
+        **({"deepspeed": deepspeed_config(options["deepspeed"], optim)} if options["deepspeed"] else {}),
     )
     watch, peak = stopwatch(device, warmup, warmup + steps), Peak(device)
     gc.collect()
@@ -157,16 +173,17 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         torch.cuda.empty_cache()
     peak.start()
     set_seed(0)
-    with torch.device(device):
+    with torch.device(device) if not options["deepspeed"] else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options["dtype"]))
-    data = rows(config.vocab_size, options["block_size"], (warmup + steps) * batch)
+    processes = training.world_size
+    data = rows(config.vocab_size, options["block_size"], (warmup + steps) * batch * processes)
     trainer = Trainer(model=model, args=training, train_dataset=data, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
     loss = trainer.train().training_loss
     bytes_ = peak.stop()
     optimizer = watch.optimizer_seconds()
     return {
-        "tokens_per_second": steps * batch * options["block_size"] / watch.seconds,
+        "tokens_per_second": steps * batch * processes * options["block_size"] / watch.seconds,
         "step_ms": watch.seconds / steps * 1e3,
         "optimizer_ms": optimizer / steps * 1e3,
         "share": optimizer / watch.seconds,
@@ -174,6 +191,14 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         "loss": loss,
         "losses": watch.losses,
     }
+
+
+def deepspeed_config(path: Path, optim: str) -> dict[str, Any]:
+    """The configuration, under which other optimizers than ours are what Accelerate makes of them."""
+    config = json.loads(path.read_text())
+    if not optim.startswith("cwd_"):
+        config.pop("zero_force_ds_cpu_optimizer", None)
+    return config
 
 
 def quiet() -> None:
@@ -194,10 +219,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo" if device == "cpu" else "nccl")
     config = AutoConfig.from_pretrained(args.config_name)
     baseline, order = args.optimizers[0], random.Random(0)
     candidates = {name: name for name in args.optimizers} | {f"{baseline} again": baseline}
-    given = {name: getattr(args, name) for name in ("dtype", "bf16", "batch_size", "block_size")}
+    given = {name: getattr(args, name) for name in ("dtype", "bf16", "batch_size", "block_size", "deepspeed")}
     blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in candidates}
     left_out, load = {}, os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
@@ -223,8 +252,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         middle = {key: median(block[key] for block in some) for key in some[0] if key not in ("losses", "peak_bytes")}
         found[name] = {**middle, "peak_bytes": min(peaks) if peaks else None, "step_ms_of_rounds": times[name]}
         found[name]["ratio"] = paired(times[name], times[baseline])._asdict()
+    given["deepspeed"] = args.deepspeed.name if args.deepspeed else None
     return {
         **{"config": args.config_name.name, "device": device, "threads": torch.get_num_threads(), **given},
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         **{"steps": args.steps, "rounds": same.count, "baseline": baseline, "load": [load, os.getloadavg()]},
         **{"machine": machine(device, "transformers", "accelerate"), "left_out": left_out, "optimizers": found},
         "same": {**same._asdict(), "conclusive": conclusive(same)},
@@ -239,8 +270,9 @@ def report(run: dict[str, Any]) -> str:
     precision = f"{run['dtype']} weights{', bf16 autocast' if run['bf16'] else ''}"
     lines = [
         f"machine: {described(run['machine'])}",
-        f"{run['config']} on {run['device']}, {precision}, {run['batch_size']} x {run['block_size']} tokens a step, "
-        f"{run['rounds']} rounds of {run['steps']} steps, load {', '.join(f'{load[0]:.1f}' for load in run['load'])}",
+        f"{run['config']} on {run['device']}, {precision}, {run['batch_size']} x {run['block_size']} tokens a step"
+        + (f" in each of {run['processes']} processes, {run['deepspeed']}, " if run["deepspeed"] else ", ")
+        + f"{run['rounds']} rounds of {run['steps']} steps, load {', '.join(f'{load[0]:.1f}' for load in run['load'])}",
         f"{run['baseline']} against itself: {same}: "
         + ("conclusive" if run["same"]["conclusive"] else "INCONCLUSIVE: this run says nothing about small ratios"),
     ]
@@ -262,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints
         quiet()
         run = measure(args)
+    if int(os.environ.get("RANK", 0)):
+        return
     print(report(run))
     if args.json:
         args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")

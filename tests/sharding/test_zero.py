@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from hf_cwd.rules import RULES
-from tests.launching import ROOT, finish, start
+from tests.launching import ROOT, finish, free_port, start
 from tests.sharding import zero_refusals
 from tests.sharding.zero_tables import CONFIGS, WORLDS, cases
 
@@ -24,7 +24,8 @@ def results(tmp_path_factory):
     @cache
     def of(world):
         command = ("-m", "tests.sharding.zero_ranks", folder)
-        switches = {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+        # DeepSpeed names its shared memory by the port: two runs on one machine must not share it.
+        switches = {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
         ranks = [start(*command, cwd=ROOT, RANK=str(rank), **switches) for rank in range(world)]
         errors = "".join(finish(process).stderr for process in ranks)
         files = [folder / f"{world}-{rank}.json" for rank in range(world)]

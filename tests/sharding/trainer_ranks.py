@@ -5,6 +5,7 @@
 One process comes first: it also writes the models that all start from.
 """
 
+import faulthandler
 import gc
 import os
 import sys
@@ -24,6 +25,8 @@ from hf_cwd.trainer.guards import innermost
 from scripts import cpu_ranks
 from tests.sharding import layouts
 from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS
+
+LONGEST = 240  # seconds that one case may take
 
 
 def material() -> list[dict[str, torch.Tensor]]:
@@ -237,10 +240,13 @@ def main():
 
         library.init_distributed("gloo")  # zero.Init wants to know the ranks before there is a Trainer
     for case in layouts.cases(world, deepspeed=deepspeed):
+        # On a busy machine gloo can stand still for ever: a thread of its own in ~UnboundBuffer, the ranks in a gather.
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         if not switched and case.layout and LAYOUTS[case.layout].accelerate_shards:
             cpu_ranks.switch_on()
             switched = True
         results[tuple(case)] = run(folder, case, world)
+    faulthandler.cancel_dump_traceback_later()
     torch.save(results, folder / "-".join([str(world), str(rank), *sys.argv[2:]]))
 
 

@@ -54,6 +54,11 @@ def some_ranks(rank, engine, optimizer):
         p._dp_group = group
 
 
+def marked(rank, engine, optimizer):
+    """For DeepSpeed's own Muon."""
+    next(engine.module.parameters()).use_muon = True
+
+
 def without_places(rank, world, rule):
     """An element-wise rule steps the whole flat tensor, padding too, where DeepSpeed's places are not known."""
     engine, optimizer = zero_ranks.engine_of(CONFIGS["zero3"], initial(torch.float32), Variant(rule))
@@ -76,6 +81,8 @@ def scenarios(world):
         "refused-other_places": (refused, "zero3_bf16", (), other_places, "do not fit into a flat tensor"),
         "refused-no_places": (refused, "zero3", (), no_places, "does not say where it keeps parameters"),
         "refused-remainder": (refused, "zero2_bf16", remainder, nothing, "give the optimizer fp32 masters already"),
+        "refused-marked": (refused, "zero2", (), marked, "has the attribute use_muon"),
+        "refused-marked_of_stage_3": (refused, "zero3", (), marked, "has the attribute use_muon"),
         "refused-some_ranks": (refused, "zero1", (), some_ranks, "is shared out among ranks"),
         **{f"without_places-{name}": (without_places, name) for name, rule in RULES.items() if rule.matrix is None},
     }
