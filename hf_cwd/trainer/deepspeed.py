@@ -126,6 +126,18 @@ def check(args: Any, name: str) -> None:
         warn_once(f"DeepSpeed {zero.version()} has not been tried with hf_cwd, whose tests run with {zero.TESTED}")
 
 
+def meet(args: Any) -> None:
+    """Tells DeepSpeed of the other processes on a CPU: with --use_cpu Accelerate starts their communication itself.
+
+    It would take each process for the only one, and refuse the batch size when stage 3 cuts a model as it is loaded.
+    """
+    if args.use_cpu and is_used(args) and torch.distributed.is_initialized():
+        from deepspeed import comm
+
+        if not comm.is_initialized():
+            comm.init_distributed("gloo", verbose=False)
+
+
 def keep_ours() -> None:
     """Prevents Accelerate from putting DeepSpeedCPUAdam in the place of our optimizer, which it does under offload.
 

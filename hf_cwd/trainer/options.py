@@ -168,6 +168,7 @@ def check_finished_arguments(args: Any) -> None:
         check_sharding(name, RULES[name.removeprefix(PREFIX)], args)
         deepspeed.drop_section(args)
         deepspeed.check(args, name)
+        deepspeed.meet(args)
 
 
 def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:

@@ -112,15 +112,12 @@ def launched(tmp_path_factory):
         name: run(name, deepspeed=f"configs/deepspeed/{name}.json", save_steps=STEPS // 2, save_strategy="steps")
         for name in CONFIGS
     }
-    stage_3 = [runs.pop(name) for name in CONFIGS if name.startswith("zero3")]
     processes = [
         # DDP first: once used, DeepSpeed stays switched on in a process, by Accelerate.
         by((*torchrun, *hf_cwd), run("ddp"), *runs.values()),
-        by((*torchrun, ROOT / "scripts/cpu_ranks.py"), *stage_3),  # says what stage 3 needs on a CPU, and only there
         by((*accelerate, *hf_cwd), run("accelerate", bf16="true")),
     ]
     results = [finish(process) for process in processes]
-    # Stage 3 last: DeepSpeed has counted the ranks by then.
     runs = [resumed("zero2"), *map(offloaded, (1, 2, 3)), resumed("zero3_offload")]
     own = ("deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "hf_cwd")
     results.append(finish(by(own, *runs)))
