@@ -9,11 +9,13 @@ import os
 import platform
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import hf_cwd
 from hf_cwd.cli import enable
@@ -23,6 +25,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "deep
 # What decides how many processes there are, who shards, and where it runs; never a token.
 VARIABLES = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "FSDP_", "LOCAL_RANK", "PARALLELISM_CONFIG_")
 VARIABLES += ("PYTORCH_", "RANK", "TORCH_", "TRITON_", "WORLD_SIZE")
+OPERATION = "deepspeed_shm_comm"  # with which DeepSpeed's ranks communicate where there is no accelerator
+NOT_NEEDED = "not needed with an accelerator"
+STALE = 15 * 60  # seconds, after which nobody is compiling any more
 
 Report = dict[str, str]
 
@@ -108,6 +113,62 @@ def distributed(problems: list[str]) -> Report:
     return {name: "yes" if torch.distributed.is_backend_available(name) else "no" for name in backends}
 
 
+def deepspeed(problems: list[str]) -> Report:
+    """Its version, and whether it can compile what it needs when processes meet; nothing is compiled here."""
+    import torch
+
+    from hf_cwd.sharding.zero import TESTED
+    from hf_cwd.trainer.deepspeed import missing_tools
+
+    found, works = _package("deepspeed", None)
+    if not works:
+        return {"deepspeed": f"{found}; tested: {TESTED}"}
+    low, high = map(Version, TESTED.split(" to "))
+    is_tested = low <= Version(Version(found).public) <= high
+    report = {"deepspeed": f"{found}, {'tested' if is_tested else f'not tried with hf_cwd: tests run with {TESTED}'}"}
+    folder = _compiled()
+    report["compiled operations"] = str(folder)
+    if torch.accelerator.is_available():
+        return report | {"compiler and ninja": NOT_NEEDED, OPERATION: NOT_NEEDED}
+    report["compiler and ninja"] = "found"
+    if missing := " and ".join(missing_tools()):
+        report["compiler and ninja"] = f"missing: {missing}"
+        tools = {"compiler": "apt install g++", "ninja": "pip install ninja"}
+        problems.append(
+            f"without an accelerator DeepSpeed compiles its communication, and lacks {missing}; try: "
+            + ", ".join(command for tool, command in tools.items() if tool in missing)
+        )
+    is_compiled = any((folder / OPERATION).glob(f"{OPERATION}*.so"))
+    report[OPERATION] = "compiled" if is_compiled else "will be compiled at the first start, which takes about a minute"
+    lock = folder / OPERATION / "lock"
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return report
+    if age < STALE:
+        report[OPERATION] = f"being compiled by another process since {age:.0f} s"
+    else:
+        report[OPERATION] = f"locked since {age / 60:.0f} minutes"
+        problems.append(
+            f"a compilation that was interrupted has left {lock}, and every start of DeepSpeed waits until it is gone: "
+            "delete that file"
+        )
+    return report
+
+
+def _compiled() -> Path:
+    """The folder of the operations that are compiled when they are first used, each of which has one of its own."""
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    import torch
+    from torch.utils import cpp_extension
+
+    kinds = {"rocm": torch.version.hip, "cu": torch.version.cuda}
+    kind = next((f"{name}{text.replace('.', '')}" for name, text in kinds.items() if text), "cpu")
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    return Path(cpp_extension.get_default_build_root()) / f"{python}_{kind}"
+
+
 def optimizers(problems: list[str]) -> Report:
     """Whether transformers knows our names, and whether TrainingArguments take them in this environment."""
     from hf_cwd.trainer.naming import names
@@ -147,6 +208,7 @@ SECTIONS: dict[str, Callable[[list[str]], Report]] = {
     "Devices": lambda problems: _self_check().devices(problems),
     "Kernels": lambda problems: _self_check().kernel_table(problems),
     "Distributed back-ends": distributed,
+    "DeepSpeed": deepspeed,
     "Optimizers": optimizers,
     "Self-check": lambda problems: _self_check().self_check(problems),
 }

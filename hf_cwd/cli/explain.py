@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_cwd.cli.layouts import GRAMMAR, Cost, Parallelism, costs, entries, parallelism, positions, shardings
-from hf_cwd.rules import COMMON, RULES
+from hf_cwd.cli import ranks, zero
+from hf_cwd.cli.layouts import GRAMMAR, Zero, parallelism
+from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import has_remainder, state_dtype
-from hf_cwd.sharding.plan import EXCHANGE, Plan, flops_per_byte, plan
 from hf_cwd.trainer.naming import PREFIX, names
 from hf_cwd.trainer.options import optimizer_arguments
 from hf_cwd.trainer.routing import Route, Routing, route
@@ -24,7 +24,6 @@ from hf_cwd.trainer.routing import Route, Routing, route
 AUTO_CLASSES = ("CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "SpeechSeq2Seq", "ImageTextToText", "CTC")
 TRAINER_FLAGS = ("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LINES = 16  # of the table of ranks; where there would be more, one line says from what to what
 
 
 class Row(NamedTuple):
@@ -72,11 +71,7 @@ def main(args: argparse.Namespace) -> int:
     arguments = optimizer_arguments(TrainingArguments(output_dir="unused", use_cpu=True, report_to="none", **flags))
     model = load(args.model, model_class=args.model_class, trust_remote_code=args.trust_remote_code)
     rule = RULES[args.optim.removeprefix(PREFIX)]
-    if rule.companion is None:
-        routing = _everything(model, rule.name)
-    else:
-        routing = route(model, matrices=rule.name, others=rule.companion, target_modules=args.optim_target_modules)
-        routing([{"params": [p for p in model.parameters() if p.requires_grad]}])  # refuses a model without a matrix
+    routing = routed(model, rule, args.optim_target_modules)
     rates = {rule.name: arguments["lr"], rule.companion: arguments.get(f"{rule.companion}_lr", arguments["lr"])}
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # it asks the Trainer for nothing
     rows = [_row(r, rates, arguments["weight_decay"] if r.name in decayed else 0.0) for r in routing.routes]
@@ -85,14 +80,12 @@ def main(args: argparse.Namespace) -> int:
     if args.weight_decay == 0:
         print("--weight_decay is 0, the Trainer's default: nothing is decayed. Try --weight_decay 0.1")
     if layout is not None:
-        dtype, matrices = getattr(torch, args.dtype), None
-        if rule.companion is not None:
-            options = {name: arguments.get(name, kind.default) for name, kind in EXCHANGE.items()}
-            found = entries(model, routing, layout, arguments=arguments, dtype=dtype, device=args.device)
-            matrices = plan(found, balance=flops_per_byte(args.device), **options)
-        states = {r.name: _state_bytes(r, arguments, dtype) for r in routing.routes}
-        found = costs(model, shardings(model, layout), matrices, states=states, dtype=dtype)
-        print("", *_ranks(layout, found, matrices, args), sep="\n")
+        dtype = getattr(torch, args.dtype)
+        stepped = zero.MASTER if isinstance(layout, Zero) else dtype
+        states = {r.name: state_bytes(r, arguments, stepped) for r in routing.routes}
+        options = {"arguments": arguments, "states": states, "dtype": dtype, "device": args.device}
+        bill = ranks.bill(model, routing, layout, **options)
+        print("", *ranks.lines(layout, bill, optim=args.optim, dtype=args.dtype, unfolded=args.all), sep="\n")
     return 0
 
 
@@ -137,11 +130,19 @@ def _with_adapter(directory: str, **options: Any) -> nn.Module:
         return peft.get_peft_model(model, config)
 
 
-def _everything(model: nn.Module, rule: str) -> Routing:
-    """The routing of an element-wise rule, which takes every parameter that is trained."""
+def routed(model: nn.Module, rule: Rule, target_modules: str | None = None) -> Routing:
+    """The routing of a rule; an element-wise one takes every parameter that is trained.
+
+    Raises:
+        ValueError: see :func:`hf_cwd.route`; also a rule for matrices, and a model without one.
+    """
+    if rule.companion is not None:
+        routing = route(model, matrices=rule.name, others=rule.companion, target_modules=target_modules)
+        routing([{"params": [p for p in model.parameters() if p.requires_grad]}])  # refuses a model without a matrix
+        return routing
     routes = []
     for name, p in model.named_parameters():
-        found = (rule, "every parameter") if p.requires_grad else (None, "frozen")
+        found = (rule.name, "every parameter") if p.requires_grad else (None, "frozen")
         routes.append((p, Route(name, tuple(p.shape), *found)))
     return Routing(type(model).__name__, None, routes)
 
@@ -165,18 +166,8 @@ def fold(rows: Sequence[Row]) -> list[Row]:
 def _folded_name(names: Sequence[str]) -> str:
     columns = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(
-        column[0] if len(set(column)) == 1 else f"{{{_ranges(set(map(int, column)))}}}" for column in columns
+        column[0] if len(set(column)) == 1 else f"{{{ranks.ranges(set(map(int, column)))}}}" for column in columns
     )
-
-
-def _ranges(numbers: set[int]) -> str:
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -206,68 +197,8 @@ def _states(r: Route, arguments: dict[str, Any]) -> int:
     return len(rule.state_keys(defaults | arguments))
 
 
-def _state_bytes(r: Route, arguments: dict[str, Any], dtype: torch.dtype) -> int:
+def state_bytes(r: Route, arguments: dict[str, Any], dtype: torch.dtype) -> int:
     """Bytes of state that an element of a parameter of ``dtype`` has."""
     group = {name: kind.default for name, kind in COMMON.items()} | arguments
     remainder = dtype.itemsize if r.algorithm is not None and has_remainder(group, dtype) else 0
     return _states(r, arguments) * state_dtype(group, dtype).itemsize + remainder
-
-
-def _ranks(layout: Parallelism, found: Sequence[Cost], matrices: Plan | None, args: argparse.Namespace) -> list[str]:
-    """What each rank keeps, receives and does."""
-    lines = [f"--layout {layout}: {len(found):,} ranks, {args.dtype} parameters"]
-    same = positions(found)
-    titles = ["ranks", "weights", "gradients", "states", "buffers", "bytes received", "GFLOP"]
-    if args.all:
-        cells = [(str(rank), *_amounts(cost, cost)) for rank, cost in enumerate(found)]
-    elif len(same) <= LINES:
-        cells = [(_some(ranks), *_amounts(cost, cost)) for cost, ranks in same.items()]
-    else:
-        columns = list(zip(*found, strict=True))
-        cells = [(_some(range(len(found))), *_amounts(Cost(*map(min, columns)), Cost(*map(max, columns))))]
-    if matrices is None:
-        titles, cells = titles[:4], [line[:4] for line in cells]
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    for first, *rest in (titles, *cells):
-        amounts = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *amounts]))
-    lines.append("Not counted: activations, and what the framework itself gathers and reduces")
-    if matrices is None:
-        return [*lines, f"{args.optim} is element-wise: each rank steps what it holds, and no exchange is needed"]
-    wires = " and ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in matrices.entries}))
-    moved = [cost.received for cost in found]
-    if any(moved):
-        lines.append(
-            f"Rounds of exchange a step: {matrices.rounds}, in {wires}; the busiest rank receives "
-            f"{max(moved) * len(moved) / sum(moved):.2f} times the mean"
-        )
-    else:
-        lines.append("No exchange: every matrix is orthogonalised where it is")
-    work, idle = [cost.flops for cost in found], sum(cost.flops == 0 for cost in found)
-    lines.append(
-        f"The busiest rank orthogonalises {max(work) * len(work) / sum(work):.2f} times the mean; {idle:,} of "
-        f"{len(work):,} ranks have no matrix to orthogonalise"
-    )
-    return lines
-
-
-def _amounts(low: Cost, high: Cost) -> list[str]:
-    """The columns of a line: memory in MiB, traffic in bytes, work in GFLOP; from ``low`` to ``high``."""
-    return [
-        write(a) if write(a) == write(b) else f"{write(a)} to {write(b)}"
-        for write, a, b in zip([_mebibytes] * 4 + ["{:,}".format, _giga], low, high, strict=True)
-    ]
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def _giga(count: int) -> str:
-    return f"{count / 1e9:,.1f}"
-
-
-def _some(ranks: Sequence[int]) -> str:
-    """The ranks as ranges; of many ranges the first, and how many ranks there are."""
-    ranges = _ranges(set(ranks)).split(",")
-    return ",".join(ranges) if len(ranges) <= 3 else f"{','.join(ranges[:2])} ... ({len(ranks):,} ranks)"

@@ -1,29 +1,23 @@
-"""What a parallel layout makes of a model, from its configuration alone: who holds what, and what a step costs whom."""
+"""What ``--layout`` says: how many ranks of what, and which parts of a model's parameters each of them holds."""
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from hf_cwd.kernels import eager
-from hf_cwd.matrices import Layout
-from hf_cwd.rules import RULES
 from hf_cwd.sharding.pieces import Mesh, Placement, Replicate, Shape, Shard, StridedShard
-from hf_cwd.sharding.plan import Entry, Plan, holders, sources
-from hf_cwd.sharding.stage import Stage
-from hf_cwd.trainer.routing import Routing
 
 # In the order in which ranks are numbered: neighbours are in the same group of tensor parallelism.
 DIMENSIONS = ("ddp", "fsdp2", "tp", "ep")
+ZERO = tuple(f"zero{stage}{suffix}" for suffix in ("", "_offload") for stage in (1, 2, 3))
 GRAMMAR = (
     "ddp, fsdp2, tp, or several of them with their sizes: ddp=128,fsdp2=8 (HSDP: 128 replicas of 8 shards), "
-    "fsdp2=128,tp=8, fsdp2=128,tp=8,ep=64 (ep: experts, over ranks of fsdp2 and tp). One of ddp, fsdp2 and tp may go "
-    "without a size where --world is given"
+    "fsdp2=128,tp=8, fsdp2=128,tp=8,ep=64 (ep: experts, over ranks of fsdp2 and tp). Or DeepSpeed's zero1, zero2 or "
+    "zero3, alone, with _offload where the optimizer is in the CPU's memory: zero3=8, zero2_offload=8. One of ddp, "
+    "fsdp2, tp and zero may go without a size where --world is given"
 )
 
 
@@ -50,18 +44,45 @@ class Parallelism:
         return ",".join(f"{name}={size}" for name in DIMENSIONS if (size := getattr(self, name)) > 1) or "ddp=1"
 
 
-def parallelism(text: str, world: int | None) -> Parallelism:
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's ZeRO over all ranks; ``offload``: the optimizer is in the CPU's memory.
+
+    Example:
+        >>> from hf_cwd.cli.layouts import parallelism
+        >>> parallelism("zero3_offload", 8)
+        Zero(stage=3, world=8, offload=True)
+    """
+
+    stage: int
+    world: int
+    offload: bool
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}{'_offload' if self.offload else ''}={self.world}"
+
+
+def parallelism(text: str, world: int | None) -> Parallelism | Zero:
     """Reads ``--layout`` and ``--world``.
 
     Raises:
         ValueError: not in the grammar, or sizes that do not go together.
     """
+    if world is not None and world < 1:
+        raise ValueError(f"--world {world}: give the number of ranks, which is 1 at least")
     sizes: dict[str, int | None] = {}
     for part in text.replace(" ", "").split(","):
-        found = re.fullmatch(rf"({'|'.join(DIMENSIONS)})(?:=([1-9]\d*))?", part)
+        found = re.fullmatch(rf"({'|'.join((*DIMENSIONS, *ZERO))})(?:=([1-9]\d*))?", part)
         if found is None or found[1] in sizes:
             raise ValueError(f"--layout {text!r}: {part!r} is not understood. Write {GRAMMAR}")
         sizes[found[1]] = None if found[2] is None else int(found[2])
+    zero = next((name for name in ZERO if name in sizes), None)
+    if zero is not None and len(sizes) > 1:
+        others = " and ".join(name for name in sizes if name != zero)
+        raise ValueError(
+            f"--layout {text!r}: {zero} is over all ranks, and has not been tried together with {others}: leave "
+            f"{others} out, or {zero}"
+        )
     open_ = [name for name, size in sizes.items() if size is None]
     known = prod(size for name, size in sizes.items() if size is not None and name != "ep")
     if "ep" in open_ or len(open_) > 1 or (open_ and world is None):
@@ -71,10 +92,10 @@ def parallelism(text: str, world: int | None) -> Parallelism:
         if world % known:
             raise ValueError(f"--layout {text!r}: {known} does not divide --world {world}")
         sizes[open_[0]] = world // known
-    result = Parallelism(**sizes)
+    result = Parallelism(**sizes) if zero is None else Zero(int(zero[4]), sizes[zero], zero.endswith("_offload"))
     if world not in (None, result.world):
         raise ValueError(f"--layout {text!r} has {result.world} ranks, and --world is {world}: leave --world out")
-    if result.fsdp2 * result.tp % result.ep or (result.ep > 1 and result.ep % result.tp):
+    if zero is None and (result.fsdp2 * result.tp % result.ep or (result.ep > 1 and result.ep % result.tp)):
         raise ValueError(f"--layout {text!r}: ep must be a multiple of tp, and a divisor of fsdp2 x tp")
     return result
 
@@ -153,137 +174,3 @@ def _placement(name: str, p: Tensor, style: str | None) -> Placement:
         case "mla_kv_a_proj" | "moe_tp_experts" | "moe_identity_expert" | "local_params" | "ep_dispatch_experts":
             return Replicate()
     raise ValueError(f"{name} is sharded in the style {style!r}, which hf_cwd does not know: leave tp out of --layout")
-
-
-def entries(
-    model: nn.Module,
-    routing: Routing,
-    layout: Parallelism,
-    *,
-    arguments: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: str,
-) -> list[Entry]:
-    """What :func:`hf_cwd.sharding.plan.plan` takes: the matrices in the order of the Trainer's optimizer.
-
-    Args:
-        arguments: keyword arguments of the optimizer.
-        dtype: of the parameters.
-        device: type of the device that trains.
-    """
-    from transformers import Trainer
-
-    names = {p: name for name, p in model.named_parameters()}
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # it asks the Trainer for nothing
-    trained = [p for p in names if p.requires_grad]
-    parts = ([p for p in trained if (names[p] in decayed) == wanted] for wanted in (True, False))
-    groups = routing([{"params": part} for part in parts])
-    meshes = shardings(model, layout)
-    result: list[Entry] = []
-    for group in groups:
-        rule = RULES[group["algorithm"]]
-        if rule.matrix is None:
-            continue
-        hyper = {name: arguments.get(name, kind.default) for name, kind in rule.hyperparameters.items()}
-        stage = Stage.of(rule.name, hyper)
-        matrices = Layout() if group["layout"] is None else Layout(**group["layout"])
-        for p in group["params"]:
-            wire = stage.wire(eager.wide(dtype), device)
-            result.append(Entry(names[p], tuple(p.shape), matrices, meshes[names[p]], stage, wire, source=len(result)))
-    return result
-
-
-class Cost(NamedTuple):
-    """Of one rank: bytes that it keeps, bytes at the peak of an exchange, and what it receives and does in a step."""
-
-    weights: int
-    gradients: int
-    states: int
-    buffers: int
-    received: int
-    flops: int
-
-
-def costs(
-    model: nn.Module, meshes: Mapping[str, Mesh], plan: Plan | None, *, states: Mapping[str, int], dtype: torch.dtype
-) -> list[Cost]:
-    """The cost of each rank.
-
-    Args:
-        plan: of the matrices; None if there are none.
-        states: bytes of state that an element of each parameter has.
-    """
-    world = len(next(iter(meshes.values())).ranks)
-    kept = [[0, 0, 0] for _ in range(world)]
-    for name, p in model.named_parameters():
-        for of_rank, numel in zip(kept, local_sizes(tuple(p.shape), meshes[name]), strict=True):
-            size = numel * dtype.itemsize
-            of_rank[0] += size
-            of_rank[1] += size * p.requires_grad
-            of_rank[2] += numel * states[name]
-    if plan is None:
-        return [Cost(*of_rank, 0, 0, 0) for of_rank in kept]
-    peaks = buffers(plan)
-    return [Cost(*kept[r], peaks[r], plan.received[r], plan.flops[r]) for r in range(world)]
-
-
-@cache
-def local_sizes(shape: Shape, mesh: Mesh) -> list[int]:
-    """How many elements each rank holds."""
-    return [sum(prod(piece.size) for piece in mesh.pieces(shape, rank)) for rank in mesh.ranks]
-
-
-def buffers(plan: Plan) -> list[int]:
-    """Bytes of each rank at the peak of its exchange: directions, whole matrices, and what is being sent and received.
-
-    As :class:`hf_cwd.sharding.exchange.Exchange` goes about it on accelerators: while a round is worked on, either the
-    results of the one before or the parts of the one after are under way. Without the orthogonalisation's own
-    temporaries, and without matrices that do not move.
-    """
-    ranks = range(len(plan.received))
-    gathered, whole, returned = ([[0] * plan.rounds for _ in ranks] for _ in range(3))
-    # Directions that exist before, and after, the previous round's results have been taken.
-    before, after = ([[0] * (plan.rounds + 2) for _ in ranks] for _ in range(2))
-    alive: dict[tuple[int, int], list[int]] = {}
-    for job in plan.jobs:
-        if job.round is None:
-            continue
-        entry, k = plan.entries[job.entry], job.round
-        parts = {rank: numel * entry.dtype.itemsize for rank, numel in holders(entry, job).items()}
-        whole[job.owner][k] += job.numel * entry.dtype.itemsize
-        for table, others in ((gathered, sources(entry, job)), (returned, parts)):
-            for rank in others:
-                if rank != job.owner:
-                    table[rank][k] += parts[rank]
-        # The owner receives, and sends, what it does not hold; for other replicas it packs its own part once as well.
-        size = job.numel * entry.dtype.itemsize
-        gathered[job.owner][k] += size - parts[job.owner]
-        returned[job.owner][k] += size if len(job.serves) > 1 else size - parts[job.owner]
-        for rank in parts:
-            span = alive.setdefault((job.entry, rank), [k, k])
-            span[0], span[1] = min(span[0], k), max(span[1], k)
-    for (number, rank), (first, last) in alive.items():
-        entry = plan.entries[number]
-        size = local_sizes(entry.shape, entry.sharding)[rank] * entry.dtype.itemsize
-        for k in range(first, last + 2):
-            before[rank][k] += size
-        for k in range(max(first - 1, 0), last + 1):
-            after[rank][k] += size
-    peaks = []
-    for rank in ranks:
-        # One more round at the end, in which nothing comes, and one before the first, of which nothing returns.
-        coming, back = [*gathered[rank], 0], [0, *returned[rank]]
-        moments = [0]
-        for k in range(plan.rounds):
-            moments.append(whole[rank][k] + coming[k] + back[k] + before[rank][k])
-            moments.append(whole[rank][k] + coming[k + 1] + back[k + 1] + after[rank][k])
-        peaks.append(max(moments))
-    return peaks
-
-
-def positions(values: Sequence[Hashable]) -> dict[Any, list[int]]:
-    """Where each value stands."""
-    result: dict[Any, list[int]] = {}
-    for position, value in enumerate(values):
-        result.setdefault(value, []).append(position)
-    return result

@@ -1,19 +1,24 @@
 """``hf-cwd doctor``: the command in a whole environment and in a broken one, and each thing it must notice."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+import time
 
 import pytest
 import torch
 import transformers
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
 from hf_cwd import decay, kernels
 from hf_cwd.cli import doctor, enable, self_check
 from hf_cwd.rules import RULES, Rule
+from hf_cwd.sharding import zero
 from hf_cwd.trainer import names
 
 
@@ -28,7 +33,8 @@ def run(folder, *flags, **environment):
 
 
 def test_a_whole_environment(tmp_path):
-    done = run(tmp_path / "here", HF_TOKEN="secret", ACCELERATE_MIXED_PRECISION="no")
+    operations = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "operations")}
+    done = run(tmp_path / "here", HF_TOKEN="secret", ACCELERATE_MIXED_PRECISION="no", **operations)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     for line in (
@@ -38,6 +44,8 @@ def test_a_whole_environment(tmp_path):
         "  auto on cpu: hf_cwd.kernels.c",
         f"  gloo: {'yes' if torch.distributed.is_gloo_available() else 'no'}",
         "  --optim cwd_muon: registered, rule muon",
+        f"  compiled operations: {tmp_path}/operations",
+        "  deepspeed_shm_comm: will be compiled at the first start, which takes about a minute",
     ):
         assert line in lines
     assert f"  torch: {torch.__version__}, built for " in done.stdout
@@ -46,6 +54,7 @@ def test_a_whole_environment(tmp_path):
     assert lines[-2:] == ["Problems:", "  none"]
     assert "secret" not in done.stdout
     assert list((tmp_path / "here").iterdir()) == []
+    assert not (tmp_path / "operations").exists()
 
 
 BROKEN = {
@@ -72,6 +81,7 @@ def test_broken_packages_are_reported_and_the_rest_still_is(tmp_path):
     assert versions["deepspeed"] == "broken: SystemExit: no compiler"
     assert versions["peft"] == "broken: ModuleNotFoundError: No module named 'a_missing_part'"
     assert (versions["evaluate"], versions["trl"]) == ("7.7", "not installed")
+    assert report["DeepSpeed"] == {"deepspeed": f"broken: SystemExit: no compiler; tested: {zero.TESTED}"}
     assert report["Optimizers"] == {"error": "RuntimeError: made for another torch"}
     assert report["Self-check"]["auto on cpu"] == "; ".join(f"{rule} ok" for rule in RULES)
     assert report["Problems"] == [  # hf_cwd trains without the others
@@ -160,11 +170,96 @@ def test_names_that_transformers_does_not_know():
 
 
 def test_variables_that_make_us_refuse(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
     problems = []
-    assert "does not support --deepspeed" in doctor.optimizers(problems)["--optim cwd_adamw"]
+    assert "needs whole matrices" in doctor.optimizers(problems)["--optim cwd_muon"]
     assert len(problems) == len(RULES)
-    assert doctor.environment([])["ACCELERATE_USE_DEEPSPEED"] == "true"
+    assert doctor.environment([])["ACCELERATE_USE_FSDP"] == "true"
+
+
+@pytest.fixture
+def operations(tmp_path, monkeypatch):
+    """The folder where DeepSpeed would compile what its ranks communicate with."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    folder = tmp_path / "extensions" / doctor.OPERATION
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_deepspeed_and_what_it_has_compiled(operations):
+    problems = []
+    assert doctor.deepspeed(problems) == {
+        "deepspeed": f"{importlib.metadata.version('deepspeed')}, tested",
+        "compiled operations": str(operations.parent),
+        "compiler and ninja": "found",
+        "deepspeed_shm_comm": "will be compiled at the first start, which takes about a minute",
+    }
+    (operations / "deepspeed_shm_comm.so").touch()
+    assert doctor.deepspeed(problems)["deepspeed_shm_comm"] == "compiled"
+    assert problems == []
+
+
+def test_where_deepspeed_compiles(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told = doctor.deepspeed([])["compiled operations"]
+    assert list(tmp_path.iterdir()) == []
+    assert cpp_extension._get_build_directory(doctor.OPERATION, verbose=False) == f"{told}/{doctor.OPERATION}"
+
+
+def test_a_lock_that_nobody_holds(operations):
+    (operations / "deepspeed_shm_comm.so").touch()
+    lock = operations / "lock"
+    assert FileBaton(str(lock)).try_acquire()
+    problems = []
+    assert doctor.deepspeed(problems)["deepspeed_shm_comm"].startswith("being compiled by another process since ")
+    assert problems == []
+    os.utime(lock, (time.time() - 16 * 60,) * 2)
+    assert doctor.deepspeed(problems)["deepspeed_shm_comm"] == "locked since 16 minutes"
+    (problem,) = problems
+    assert f"has left {lock}, and every start of DeepSpeed waits" in problem
+    assert not FileBaton(str(lock)).try_acquire()  # which waits, then, until the file is gone
+
+
+@pytest.mark.parametrize(
+    ("there", "missing", "fix"),
+    [
+        ([], "a C++ compiler (no-such-compiler) and ninja", "apt install g++, pip install ninja"),
+        (["ninja"], "a C++ compiler (no-such-compiler)", "apt install g++"),
+        (["no-such-compiler"], "ninja", "pip install ninja"),
+    ],
+)
+def test_tools_that_deepspeed_lacks(there, missing, fix, operations, tmp_path, monkeypatch):
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    problems = []
+    assert doctor.deepspeed(problems)["compiler and ninja"] == f"missing: {missing}"
+    (problem,) = problems
+    assert problem.endswith(f"DeepSpeed compiles its communication, and lacks {missing}; try: {fix}")
+
+
+def test_with_an_accelerator_deepspeed_compiles_nothing_at_its_start(operations, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", "")
+    (operations / "lock").touch()
+    os.utime(operations / "lock", (0, 0))
+    problems = []
+    report = doctor.deepspeed(problems)
+    assert report["compiler and ninja"] == report["deepspeed_shm_comm"] == "not needed with an accelerator"
+    assert problems == []
+
+
+def test_deepspeed_that_is_absent_or_untried(operations, monkeypatch):
+    problems = []
+    monkeypatch.setattr(zero, "TESTED", "0.1.2 to 0.3.4")
+    assert doctor.deepspeed(problems)["deepspeed"].endswith(", not tried with hf_cwd: tests run with 0.1.2 to 0.3.4")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("PATH", "")
+    assert doctor.deepspeed(problems) == {"deepspeed": "not installed; tested: 0.1.2 to 0.3.4"}
+    assert problems == []
 
 
 def test_whether_hf_cwd_is_enabled(tmp_path, monkeypatch):

@@ -15,11 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cwd import route
-from hf_cwd.cli.layouts import Parallelism, buffers, entries, local_sizes, parallelism, shardings
-from hf_cwd.matrices import Layout
-from hf_cwd.sharding.pieces import Mesh, Shard, everywhere
-from hf_cwd.sharding.plan import Entry, Job, Plan, flops_per_byte, plan
-from hf_cwd.sharding.stage import Stage
+from hf_cwd.cli.costs import entries, local_sizes
+from hf_cwd.cli.layouts import Parallelism, Zero, parallelism, shardings
+from hf_cwd.sharding.pieces import Mesh, everywhere
+from hf_cwd.sharding.plan import flops_per_byte, plan
 from hf_cwd.trainer.options import optimizer_arguments
 from scripts import cpu_ranks
 from tests.launching import ROOT, finish, free_port, start
@@ -190,6 +189,21 @@ def test_layouts_are_read(text, world, sizes):
 
 
 @pytest.mark.parametrize(
+    ("text", "world", "wanted"),
+    [
+        ("zero1", 8, Zero(1, 8, False)),
+        ("zero2=4", None, Zero(2, 4, False)),
+        ("zero3 = 1024", 1024, Zero(3, 1024, False)),
+        ("zero1_offload=2", None, Zero(1, 2, True)),
+        ("zero3_offload", 16, Zero(3, 16, True)),
+    ],
+)
+def test_layouts_of_deepspeed_are_read(text, world, wanted):
+    assert parallelism(text, world) == wanted
+    assert parallelism(str(wanted), None) == wanted
+
+
+@pytest.mark.parametrize(
     ("text", "world", "message"),
     [
         ("hsdp=128x8", None, "'hsdp=128x8' is not understood. Write ddp, fsdp2"),
@@ -202,11 +216,24 @@ def test_layouts_are_read(text, world, sizes):
         ("fsdp2=4", 8, "has 4 ranks, and --world is 8"),
         ("fsdp2=4,ep=3", None, "ep must be a multiple of tp, and a divisor of fsdp2 x tp"),
         ("fsdp2=4,tp=4,ep=2", None, "ep must be a multiple of tp"),
+        ("zero3", None, "say how many ranks zero3 has, zero3=8, or give --world"),
+        ("zero4=8", None, "'zero4=8' is not understood"),
+        ("zero=8", None, "'zero=8' is not understood"),
+        ("zero3=8", 16, "has 8 ranks, and --world is 16"),
+        ("zero3=4,tp=2", None, "zero3 is over all ranks, and has not been tried together with tp: leave tp out"),
+        ("fsdp2,zero1_offload", 8, "zero1_offload is over all ranks, and has not been tried together with fsdp2"),
+        ("ddp=2,fsdp2=2,zero2", 8, "has not been tried together with ddp and fsdp2: leave ddp and fsdp2 out, or zero2"),
+        ("zero2=4,zero3=4", None, "zero2 is over all ranks, and has not been tried together with zero3"),
     ],
 )
 def test_layouts_that_are_none(text, world, message):
     with pytest.raises(ValueError, match="^--layout .*" + re.escape(message)):
         parallelism(text, world)
+
+
+def test_a_number_of_ranks_that_is_none():
+    with pytest.raises(ValueError, match=r"^--world 0: give the number of ranks"):
+        parallelism("fsdp2", 0)
 
 
 def test_a_layout_that_a_model_cannot_have():
@@ -219,23 +246,6 @@ def test_a_layout_that_a_model_cannot_have():
         shardings(model, parallelism("tp=2", None))
     with pytest.raises(ValueError, match="tp is not known for a PEFT adapter"):
         shardings(MODELS["lora"](), parallelism("tp=2", None))
-
-
-def test_buffers_by_hand():
-    """Four matrices of 8 elements on two ranks that hold half of each; two rounds, with a matrix of each rank in each.
-
-    A rank's round has 4 elements that come and 4 that go, each way; and there are 8 of directions. While the first is
-    worked on, or the second, both have directions and something under way.
-    """
-    halves = Mesh((2,), (0, 1), (Shard(0),))
-    stage = Stage.of("muon", {})
-    of_each = [Entry(str(i), (4, 2), Layout(), halves, stage, torch.bfloat16, i) for i in range(4)]
-    jobs = [Job(i, 0, (4, 2), owner=i % 2, serves=(0,), round=i // 2) for i in range(4)]
-    found = Plan(tuple(of_each), tuple(jobs), 2, {0: 0, 1: 0}, {0: 0, 1: 0})
-    assert buffers(found) == [2 * (8 + 8 + 8 + 16)] * 2
-    alone = Plan(tuple(of_each[:2]), tuple(jobs[:2]), 1, {0: 0, 1: 0}, {0: 0, 1: 0})
-    assert buffers(alone) == [2 * (8 + 8 + 8)] * 2
-    assert buffers(Plan((), (), 0, {0: 0}, {0: 0})) == [0]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Matrices that a rank holds whole: orthogonalised where their directions are written, or wherever those are."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES
 from hf_cwd.sharding.build import Source, build
 from hf_cwd.sharding.stage import Stage
+from hf_cwd.sharding.staging import Staging
 
 HYPER = {name: kind.default for name, kind in RULES["muon"].hyperparameters.items()}
 SHAPES = [(6, 10), (6, 10), (8, 5)]
@@ -29,3 +33,16 @@ def test_whole_matrices(given):
     assert offered == [0, 1, 2]
     for i, p in enumerate(params):
         assert torch.equal(results[i], stage(p))
+
+
+def test_memory_between_devices_is_used_again():
+    staging = Staging()
+    first = staging.tensor("lent", 100, torch.float32)
+    assert (first.shape, first.dtype) == ((100,), torch.float32)
+    smaller = staging.tensor("lent", 60, torch.bfloat16)
+    assert (smaller.shape, smaller.dtype, smaller.data_ptr()) == ((60,), torch.bfloat16, first.data_ptr())
+    assert staging.tensor("returned", 100, torch.float32).data_ptr() != first.data_ptr()
+    larger = staging.tensor("lent", 101, torch.float64)
+    assert larger.numel() == 101
+    assert staging.tensor("lent", 0, torch.float32).numel() == 0
+    assert copy.deepcopy(staging)._memory == pickle.loads(pickle.dumps(staging))._memory == {}

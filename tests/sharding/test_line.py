@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hf_cwd.matrices import Layout
+from hf_cwd.sharding.line import Held, Line, stage_3, stages_1_2
 from hf_cwd.sharding.pieces import check, held, matrix_shapes
-from hf_cwd.sharding.zero import FlatShard, Fragment, Held, Line, stage_3, stages_1_2
+from hf_cwd.sharding.zero import FlatShard, Fragment
 
 SEEDS = range(20)
 
