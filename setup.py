@@ -40,6 +40,7 @@ setup(
     cmdclass={"build_ext": BuildKernel},
     install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1"],
     extras_require={
+        "deepspeed": ["deepspeed>=0.19"],
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
         "test": ["deepspeed", "gguf", "numpy", "pytest", "ruff", "scikit-learn", "triton; platform_system == 'Linux'"],
     },

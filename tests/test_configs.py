@@ -54,6 +54,14 @@ def test_model_sizes(name, count, paper):
         assert count == pytest.approx(paper, rel=2e-3)
 
 
+@pytest.mark.parametrize(("name", "count"), [("llama-7b", 6_738_415_616), ("llama-70b", 70_553_706_496)])
+def test_models_to_explain(name, count):
+    """Llama 2 7B and Llama 3 70B, whose numbers of parameters are known."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / f"configs/models/{name}.json"))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
 def test_a_recipe_for_each_size_and_rule():
     assert {path.name for path in RECIPES} == {f"{size}-{rule}.yaml" for size in SIZES for rule in RULES}
 
