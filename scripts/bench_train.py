@@ -182,6 +182,8 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
     loss = trainer.train().training_loss
     bytes_ = peak.stop()
     optimizer = watch.optimizer_seconds()
+    if options["deepspeed"]:
+        trainer.deepspeed.destroy()  # its hooks would keep it, with everything in it
     return {
         "tokens_per_second": steps * batch * processes * options["block_size"] / watch.seconds,
         "step_ms": watch.seconds / steps * 1e3,
