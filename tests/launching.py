@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,6 +37,12 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def finish_all(processes: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
+    """Collects processes that wait for each other: one whose output nobody reads stands still once a pipe is full."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(finish, processes))
 
 
 def flags(folder: Path, **changes) -> list[str]:

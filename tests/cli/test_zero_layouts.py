@@ -18,7 +18,7 @@ from hf_cwd.cli.layouts import Zero
 from hf_cwd.rules import RULES
 from hf_cwd.sharding.zero import full_shape
 from tests.cli.zero_tables import CASES, MODELS, WORLD
-from tests.launching import ROOT, finish, free_port, start
+from tests.launching import ROOT, finish_all, free_port, start
 from tests.trainer.conftest import TINY
 
 
@@ -30,7 +30,7 @@ def results(tmp_path_factory):
     processes = [
         start("-m", "tests.cli.zero_ranks", folder, cwd=ROOT, RANK=str(rank), **network) for rank in range(WORLD)
     ]
-    errors = "".join(finish(process).stderr for process in processes)
+    errors = "".join(result.stderr for result in finish_all(processes))
     files = [folder / f"{rank}.json" for rank in range(WORLD)]
     # Judged by what they wrote: a rank can abort at the interpreter's exit after correct results.
     assert all(file.exists() for file in files), errors

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from hf_cwd.rules import RULES
-from tests.launching import ROOT, finish, start
+from tests.launching import ROOT, finish_all, start
 from tests.sharding.injected_ending import TIMEOUT
 from tests.sharding.injected_scenarios import scenarios
 from tests.sharding.injected_tables import LAYOUTS, PATTERNS, WORLDS, cases
@@ -21,7 +21,7 @@ NAMES = [(world, name) for world in WORLDS for name in scenarios(world)]
 
 def launch(world, *command):
     ranks = [start("-m", *command, cwd=ROOT, RANK=str(rank), WORLD_SIZE=str(world)) for rank in range(world)]
-    return "".join(finish(process).stderr for process in ranks)
+    return "".join(result.stderr for result in finish_all(ranks))
 
 
 @pytest.fixture(scope="module")

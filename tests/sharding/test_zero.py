@@ -8,10 +8,11 @@ from functools import cache
 import pytest
 
 from hf_cwd.rules import RULES
-from tests.launching import ROOT, finish, free_port, start
+from tests.launching import ROOT, finish_all, free_port, start
 from tests.sharding import zero_refusals
 from tests.sharding.zero_tables import CONFIGS, WORLDS, cases
 
+QUIET = {"PYTHONWARNINGS": "ignore"}  # a thousand lines on collectives that DeepSpeed should call otherwise
 CASES = [(world, case) for world in WORLDS for case in cases(world)]
 NAMES = [(world, name) for world in WORLDS for name in zero_refusals.scenarios(world)]
 
@@ -25,9 +26,9 @@ def results(tmp_path_factory):
     def of(world):
         command = ("-m", "tests.sharding.zero_ranks", folder)
         # DeepSpeed names its shared memory by the port: two runs on one machine must not share it.
-        switches = {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
+        switches = {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port()), **QUIET}
         ranks = [start(*command, cwd=ROOT, RANK=str(rank), **switches) for rank in range(world)]
-        errors = "".join(finish(process).stderr for process in ranks)
+        errors = "".join(result.stderr for result in finish_all(ranks))
         files = [folder / f"{world}-{rank}.json" for rank in range(world)]
         return [json.loads(file.read_text()) if file.exists() else {"errors": errors} for file in files]
 

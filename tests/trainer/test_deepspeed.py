@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, finish, flags, free_port, start, write_material
+from tests.launching import ROOT, finish, finish_all, flags, free_port, start, write_material
 
 COMMANDS = Path(sysconfig.get_path("scripts"))
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/deepspeed").glob("*.json"))
@@ -117,7 +117,7 @@ def launched(tmp_path_factory):
         by((*torchrun, *hf_cwd), run("ddp"), *runs.values()),
         by((*accelerate, *hf_cwd), run("accelerate", bf16="true")),
     ]
-    results = [finish(process) for process in processes]
+    results = finish_all(processes)
     runs = [resumed("zero2"), *map(offloaded, (1, 2, 3)), resumed("zero3_offload")]
     own = ("deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "hf_cwd")
     results.append(finish(by(own, *runs)))
