@@ -12,13 +12,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import compare_report
 import pretrain
 from lm_args import UsageError
+
+from hf_cwd.report import page
+from hf_cwd.report.figures import FRACTION, figures
+from hf_cwd.report.read import RECORD, Run, read
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "scripts/corpus/sotu.jsonl.xz"
 VOCABULARY = 4096
+CAVEAT = "One small run each, with one seed, proves nothing about which of the two is better."
 
 # What a decay does in a run is about learning rate * weight decay * steps: a run of minutes needs a large one for the
 # difference to be seen. Lion's updates are signs: it wants a smaller learning rate and, for the same product, a larger
@@ -104,6 +108,59 @@ def common_flags(args: argparse.Namespace, rest: list[str]) -> list[str]:
     return [*own, *RECIPES[args.optim]["flags"], *rest]
 
 
+def record(flags: Sequence[str], path: Path) -> None:
+    """Flags as the report reads them, for a run that has left no record of its own."""
+    settings: dict[str, object] = {}
+    name = ""
+    for part in flags:
+        if part.startswith("--"):
+            name, _, part = part[2:].partition("=")
+        try:
+            settings[name] = json.loads(part)  # a number, if it is one
+        except ValueError:
+            settings[name] = part
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def summarise(run: Run, metrics: dict, *, plain: bool) -> dict:
+    """The numbers of one run; with `plain` decay all elements are decayed, whether or not they were counted."""
+    found = {figure.key: figure.values[0] for figure in figures([run])}
+    seconds = found["train_runtime"] - found["evaluating"]
+    return {
+        "train_loss": found["loss"],
+        "eval_loss": metrics["eval_loss"],
+        "perplexity": metrics["perplexity"],
+        "eval_token_accuracy": metrics["eval_token_accuracy"],
+        "decayed_fraction": found.get(FRACTION, 1.0 if plain else None),
+        "train_seconds": seconds,
+        "train_tokens_per_second": metrics["train_tokens"] / seconds,
+        "train_tokens": metrics["train_tokens"],
+        "num_parameters": metrics["num_parameters"],
+    }
+
+
+ROWS = {
+    "train_loss": ("train loss (last 10 % of the log)", "{:.4f}"),
+    "eval_loss": ("held-out loss", "{:.4f}"),
+    "perplexity": ("held-out perplexity", "{:.2f}"),
+    "eval_token_accuracy": ("held-out token accuracy", "{:.2%}"),
+    "decayed_fraction": ("weights decayed a step (mean)", "{:.1%}"),
+    "train_seconds": ("training time (s)", "{:.1f}"),
+    "train_tokens_per_second": ("training tokens/s", "{:,.0f}"),
+}
+
+
+def table(runs: dict[str, dict]) -> str:
+    """The summaries side by side."""
+    lines = [["", *(run["label"] for run in runs.values())]]
+    for key, (name, form) in ROWS.items():
+        lines.append([name, *("-" if run[key] is None else form.format(run[key]) for run in runs.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Both runs and their report; the summary that is written as JSON."""
     args, rest = parse(argv)
@@ -116,17 +173,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     if any(flag.split("=")[0] in ("--tokenizer_name", "--train_tokenizer_vocab_size") for flag in rest):
         tokenizer = {"baseline": [], "cwd": []}
-    runs = {}
+    runs, folders = {}, []
     for number, (name, (label, own)) in enumerate(optimizers(args.optim, args.optim_args).items(), 1):
         rates = f"learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}"
         print(f"\n[{number}/2] {label}: {' '.join(own)}, {rates}, {args.steps} steps", flush=True)
-        output_dir = args.output_dir / name
+        folders.append(args.output_dir / name)
+        record([*common, *own], folders[-1] / RECORD)
         flags = [*common, *tokenizer[name], *own]
-        metrics = pretrain.main([*flags, "--output_dir", str(output_dir)])
-        history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        plain = name == "baseline"
-        runs[name] = {"label": label, "flags": flags, "metrics": metrics, "history": history, "plain": plain}
-    return compare_report.write(runs, args.output_dir, seconds=time.perf_counter() - started)
+        metrics = pretrain.main([*flags, "--output_dir", str(folders[-1])])
+        numbers = summarise(*read(folders[-1:]), metrics, plain=name == "baseline")
+        runs[name] = {"label": label, "flags": flags, **numbers}
+    report, numbers = page.write(folders, args.output_dir / "report"), args.output_dir / "summary.json"
+    summary = {"runs": runs, "seconds": time.perf_counter() - started, "report": "report/report.html", "note": CAVEAT}
+    numbers.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table(runs)}\n\n{CAVEAT}")
+    print(f"Both runs with their evaluations took {summary['seconds']:.0f} s.")
+    print(f"Curves, and all that differs: {report}\nNumbers: {numbers}")
+    return summary
 
 
 if __name__ == "__main__":

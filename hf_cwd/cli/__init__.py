@@ -10,6 +10,7 @@ COMMANDS = {
     "disable": ("hf_cwd.cli.enable", "undo `hf-cwd enable`"),
     "explain": ("hf_cwd.cli.explain", "show what trains each parameter of a model, and why"),
     "doctor": ("hf_cwd.cli.doctor", "check this environment"),
+    "report": ("hf_cwd.cli.report", "draw and compare finished or running trainings, as one HTML page"),
 }
 
 
@@ -23,8 +24,7 @@ def main() -> int | None:
     commands = {name: parsers.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
     if module is not None:
         module.add_arguments(commands[asked])
-    args = parser.parse_args()  # ends the program, unless a known command was asked for
     try:
-        return module.main(args)
+        return module.main(parser.parse_args())  # which ends the program, unless a known command was asked for
     except ValueError as error:
         commands[asked].exit(2, f"hf-cwd {asked}: error: {error}\n")

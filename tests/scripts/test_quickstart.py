@@ -1,13 +1,16 @@
 """compare.py: the two runs differ in the optimizer and in nothing else."""
 
 import json
+import re
 
 import compare
-import compare_report
 import pytest
 import torch
 from matplotlib.image import imread
 from transformers import Trainer
+
+from hf_cwd.report.figures import FRACTION
+from hf_cwd.report.read import RECORD, read
 
 
 @pytest.fixture
@@ -83,14 +86,19 @@ def test_both_runs_differ_in_the_optimizer_only(optim, recorded, arguments, tmp_
     assert summary["runs"]["baseline"]["decayed_fraction"] == 1
 
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
-    image = imread(tmp_path / "run/comparison.png")
-    assert image[..., :3].std() > 0.01  # not a blank page
+    report = tmp_path / "run/report"
+    for name in ("loss", "eval_loss", "cwd_decayed_fraction"):
+        assert imread(report / f"{name}.png")[..., :3].std() > 0.01  # not a blank page
+    text = (report / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<th scope="row">(baseline|cwd)</th><td>8', text) == ["baseline", "cwd"]
+    assert "Too few seeds to say anything" in text
     out = capsys.readouterr().out
     for run in summary["runs"].values():
+        assert f"<td>{run['eval_loss']:.4f}" in text
         for number in (f"{run['eval_loss']:.4f}", f"{run['perplexity']:.2f}", f"{run['eval_token_accuracy']:.2%}"):
             assert number in out
-    assert str(tmp_path / "run/comparison.png") in out
-    assert compare_report.CAVEAT in out
+    assert str(report / "report.html") in out
+    assert compare.CAVEAT in out
 
 
 def test_existing_output_is_no_hindrance(recorded, arguments):
@@ -156,24 +164,24 @@ def test_mistakes(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_summary_counts_training_time_and_final_losses():
-    losses = [{"step": i, "loss": float(30 - i), compare_report.FRACTION: 0.25} for i in range(1, 21)]
+def test_summary_counts_training_time_and_final_losses(tmp_path):
+    losses = [{"step": i, "loss": float(30 - i), FRACTION: 0.25} for i in range(1, 21)]
     evaluations = [{"step": i, "eval_loss": 1.0, "eval_runtime": 2.0} for i in (10, 20, 20)]
+    end = {"step": 20, "train_loss": 19.5, "train_runtime": 10.0}
+    history = [*losses[:10], evaluations[0], *losses[10:], evaluations[1], end, evaluations[2]]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     metrics = {
-        "train_runtime": 10.0, "train_tokens": 1200, "eval_loss": 1.0, "perplexity": 2.7, "eval_token_accuracy": 0.5,
-        "num_parameters": 7,
+        "train_tokens": 1200, "eval_loss": 1.0, "perplexity": 2.7, "eval_token_accuracy": 0.5, "num_parameters": 7,
     }  # fmt: skip
-    history = [*losses[:10], evaluations[0], *losses[10:], *evaluations[1:]]
-    run = {"label": "x", "flags": [], "plain": False, "metrics": metrics, "history": history}
-    summary = compare_report.summarise(run)
+    summary = compare.summarise(*read([tmp_path]), metrics, plain=False)
     assert summary["train_loss"] == 10.5  # the mean of 11 and 10, the last tenth
     assert summary["train_seconds"] == 6.0  # two evaluations on the way, one after training
     assert summary["train_tokens_per_second"] == 200
     assert summary["decayed_fraction"] == 0.25
 
 
-def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
-    assert compare_report.smooth([3.0] * 5) == pytest.approx([3.0] * 5)
-    smoothed = compare_report.smooth([1.0, 2.0, 3.0])
-    assert smoothed[0] == pytest.approx(1.0)
-    assert 1 < smoothed[1] < smoothed[2] < 3
+def test_flags_are_recorded_for_the_report(tmp_path):
+    compare.record(["--optim", "cwd_lion", "--seed", "3", "--use_cpu=true", "--train_file", "a b"], tmp_path / RECORD)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (run,) = read([tmp_path])
+    assert run.settings == {"optim": "cwd_lion", "seed": 3, "use_cpu": True, "train_file": "a b"}

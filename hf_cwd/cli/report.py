@@ -1,0 +1,23 @@
+"""``hf-cwd report``: what the Trainer logged, of one run or of many beside each other, as one HTML page."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR", help="a Trainer's output_dir, or a directory with several below it; "
+        "others are compared with the first"
+    )  # fmt: skip
+    parser.add_argument("--output", default="cwd_report", metavar="DIR", help="for report.html and PNGs (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        from hf_cwd.report import page
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ValueError("the charts need matplotlib: pip install 'hf_cwd[report]'") from None
+    print(page.write(args.runs, Path(args.output)))
+    return 0

@@ -1,0 +1,185 @@
+"""The page: one HTML file with everything in it, and the same pictures beside it as PNGs."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import hf_cwd
+from hf_cwd.report import tables
+from hf_cwd.report.charts import CHARTS, Drawn, charts, draw
+from hf_cwd.report.compare import Setting, settings
+from hf_cwd.report.figures import Figure, figures, in_words, is_evaluation, logged_keys
+from hf_cwd.report.read import RECORD, Run, read
+from hf_cwd.report.svg import COLOURS, DARK, PENS, swatch
+
+PAGE = "report.html"
+SPANS = 50  # smoothing goes over one of so many parts of the longest run
+
+
+def write(paths: Sequence[str | Path], folder: Path) -> Path:
+    """Reads the runs that `paths` name and writes their page and pictures into `folder`; the page's path.
+
+    Raises:
+        ValueError: a path holds no run, or a file cannot be read or written; the message names it.
+    """
+    runs = read(paths)
+    groups = settings(runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = draw(runs, groups, folder, span=max(run.step for run in runs) / SPANS)
+        page = folder / PAGE
+        page.write_text(html(runs, groups, drawn), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); give another --output") from error
+    return page
+
+
+def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
+    """The page, as text."""
+    table = figures(runs)
+    of_model = [figure for figure in table if not figure.speed]
+    sections = {
+        "Final figures": tables.final(runs, of_model, "Final figures"),
+        "Over seeds": over_seeds(runs, groups, table),
+        "Curves": curves(groups, drawn),
+        "Settings": tables.differences(runs),
+        "Speed": speed(runs, [figure for figure in table if figure.speed]),
+    }
+    sections = {title: body for title, body in sections.items() if body}
+    name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    links = "".join(f'<li><a href="#{_anchor(title)}">{title}</a></li>' for title in sections)
+    bodies = "\n".join(
+        f'<section aria-labelledby="{_anchor(title)}"><h2 id="{_anchor(title)}">{title}</h2>\n{body}</section>'
+        for title, body in sections.items()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training report: {escape(name)}</title>
+<style>
+{_style()}</style>
+</head>
+<body>
+<header>
+<h1>Training report: {escape(name)}</h1>
+<p>{escape(summary(runs, groups))}</p>
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<main>
+{notes(runs, groups)}{bodies}
+</main>
+<footer>Written by hf_cwd {hf_cwd.__version__} from the Trainer's trainer_state.json. The curves are also PNG files
+beside this page.</footer>
+</body>
+</html>
+"""
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _style() -> str:
+    style = files("hf_cwd.report").joinpath("page.css").read_text(encoding="utf-8")
+    for name, colours in (("LIGHT", COLOURS), ("DARK", DARK)):
+        style = style.replace(name, " ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours)))
+    return style
+
+
+def summary(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
+    """What the page is about, in a sentence or two."""
+    if len(runs) == 1:
+        return f"One run of {runs[0].step:,} optimizer steps."
+    text = f"{len(runs)} runs"
+    if len(groups) < len(runs):
+        text += f" of {len(groups)} setting{'s' * (len(groups) > 1)}: runs that differ only in their seed share a curve"
+    return (
+        f"{text}. Differences are to the first run, {runs[0].name}; another one comes first if its path is given first."
+    )
+
+
+def notes(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
+    """What a reader must know before he trusts the numbers; empty if there is nothing."""
+    found = []
+    for run in runs:
+        found += [f"{run.name} {note}." for note in run.notes]
+        if not run.finished:
+            found.append(
+                f"{run.name} stands at step {run.step:,} of {run.max_steps:,}: it is left out of means over seeds."
+            )
+        for key in logged_keys([run]):
+            if key in ("loss", "grad_norm") or key.startswith("cwd/") or is_evaluation(key):
+                series = run.series(key)
+                if series.bad:
+                    found.append(
+                        f"{run.name}: {in_words(key)} is NaN or infinite at {len(series.bad):,} of "
+                        f"{len(series.steps):,} logged steps, first at step {series.bad[0]:,}."
+                    )
+    unknown = sum(not run.recorded for run in runs)
+    if unknown and len(runs) > 1:
+        found.append(
+            f"{unknown} of {len(runs)} runs have no {RECORD}: of their settings only what the Trainer keeps is known. "
+            "Runs whose names differ only in a seed (“-seed2”, “-s2”) are taken for the same setting."
+        )
+    if len(groups) > PENS:
+        found.append(f"There are more settings than pens: every {PENS} settings colours and dashes come again.")
+    hidden = len(charts(runs)) - CHARTS
+    if hidden > 0:
+        found.append(f"{hidden} charts are left out: the page shows the first {CHARTS}.")
+    if not found:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    head = '<section class="notes" aria-labelledby="notes"><h2 id="notes">Before you read on</h2>'
+    return f"{head}<ul>{items}</ul></section>\n"
+
+
+def over_seeds(runs: Sequence[Run], groups: Sequence[Setting], table: Sequence[Figure]) -> str:
+    """Means over seeds, and settings compared over common seeds; empty of one run."""
+    quality = [figure for figure in table if figure.quality]
+    if len(runs) < 2 or not quality:
+        return ""
+    if all(len(group.members) == 1 for group in groups):
+        return (
+            "<p>No two runs differ only in their seed: what follows from a setting cannot be told from chance. "
+            "Too few seeds to say anything; train each setting with the same three or more.</p>"
+        )
+    parts = [tables.seeds(runs, groups, quality)]
+    if len(groups) > 1:
+        text = (
+            f"Each setting less {groups[0].label}, seed by seed; the interval is Student's t of the differences. "
+            "It covers chance between seeds, nothing else: not the choice of learning rate, data or model."
+        )
+        if (len(groups) - 1) * len(quality) > 1:
+            text += " About one in twenty such intervals leaves out the true difference by chance alone."
+        parts += ["<h3>Compared over common seeds</h3>", f"<p>{escape(text)}</p>", tables.pairs(runs, groups, quality)]
+    return "\n".join(parts)
+
+
+def curves(groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
+    """The legend, once, and every chart."""
+    if not drawn:
+        return "<p>Nothing was logged.</p>"
+    entries, shown = "", []
+    for place, group in enumerate(groups):
+        count = f' <span class="muted">({len(group.members)} seeds)</span>' if len(group.members) > 1 else ""
+        entries += f"<li>{swatch(place)}<span>{escape(group.label)}{count}</span></li>"
+    for one in drawn:
+        about = f"<p>{escape(one.chart.about)}</p>" if one.chart.about else ""
+        caption = f"<figcaption><h3>{escape(one.chart.title)}</h3>{about}</figcaption>"
+        shown.append(f"<figure>{caption}\n{one.svg}</figure>")
+    pictures = "\n".join(shown)
+    several = any(len(group.members) > 1 for group in groups)
+    mean = "<p>Thin lines are runs, thick ones their mean over seeds.</p>" if several else ""
+    kind = "legend short" if len(groups) <= 8 else "legend"  # a short one stays in sight
+    return f'{mean}<ul class="{kind}" aria-label="Legend">{entries}</ul>\n<div class="charts">\n{pictures}\n</div>'
+
+
+def speed(runs: Sequence[Run], table: Sequence[Figure]) -> str:
+    """How fast the runs went; empty if they do not say."""
+    if not table:
+        return ""
+    text = "The Trainer counts evaluations on the way as training, and divides by the time since the last resume."
+    return f"<p>{text}</p>{tables.final(runs, table, 'Speed')}"

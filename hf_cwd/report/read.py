@@ -1,0 +1,234 @@
+"""Runs, as the Trainer left them: ``trainer_state.json`` and the small files beside it. No pickle is ever loaded."""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_cwd.report.series import Series, by_key
+
+STATE, RECORD = "trainer_state.json", "cwd_run.json"
+SEED_IN_NAME = re.compile(r"[-_.+]*(?<![a-z])(?:seed|s)[-_=]?(\d+)(?![a-z0-9])", re.IGNORECASE)
+# What the Trainer keeps of its arguments in its state: the first ones change the training, the others what is written.
+TRAINING, WRITING = ("max_steps", "num_train_epochs", "train_batch_size"), ("logging_steps", "eval_steps", "save_steps")
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    name: str
+    directory: Path
+    history: list[dict[str, Any]]
+    logged: dict[str, Series]  # the numbers in it, by key
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    seed: int | None
+    identity: tuple[str, ...]  # equal for runs that differ only in the seed
+    step: int
+    max_steps: int
+    recorded: bool  # in RECORD: all its settings are known
+    notes: list[str]
+
+    def series(self, key: str) -> Series:
+        """What was logged under `key`."""
+        return self.logged.get(key, Series([], []))
+
+    @property
+    def finished(self) -> bool:
+        """Whether ``train()`` came to its end, be it before `max_steps`."""
+        ended = any("train_loss" in entry and entry["step"] == self.step for entry in self.history)
+        return ended or self.step >= self.max_steps
+
+
+def read(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs that `paths` name, each once, in the order of `paths` and, below one of them, of their numbered names.
+
+    Each path is a run's directory, with ``trainer_state.json`` or ``checkpoint-*/trainer_state.json`` in it, or a
+    directory with runs below it.
+
+    Raises:
+        ValueError: a path is not there, holds no run, or a file cannot be read; the message names it.
+    """
+    found = {each.resolve(): each for path in paths for each in _below(Path(os.path.abspath(path)))}
+    top = os.path.commonpath([each.parent for each in found.values()])
+    return [_run(each, readable(os.path.relpath(each, top))) for each in found.values()]
+
+
+@cache
+def readable(text: str) -> str:
+    """`text` with what cannot be printed or encoded replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """Directories of runs at or below `path`."""
+    if path.name == STATE and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such directory; give a Trainer's output_dir")
+    runs = 0
+    for folder, names, _ in os.walk(path):
+        names[:] = sorted((n for n in names if not n.startswith(".")), key=_natural)
+        if _states(Path(folder)):
+            names.clear()  # its checkpoints are not runs of their own
+            runs += 1
+            yield Path(folder)
+    if not runs:
+        raise ValueError(
+            f"{path}: no {STATE} in it or below it. The Trainer writes one with each checkpoint and by "
+            "trainer.save_state(): give the output_dir of a run that has saved"
+        )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _states(directory: Path) -> list[Path]:
+    """The run's own state, and that of its newest checkpoint."""
+    numbered = [(int(p.parent.name[11:]), p) for p in directory.glob(f"checkpoint-*/{STATE}")
+                if p.parent.name[11:].isdecimal()]  # fmt: skip
+    own = directory / STATE
+    return [own] * own.is_file() + [path for _, path in sorted(numbered)[-1:]]
+
+
+def _run(directory: Path, name: str) -> Run:
+    # A run that was resumed and is still going has a checkpoint newer than its own state.
+    states = [(path, _object(path)) for path in _states(directory)]
+    path, state = max(states, key=lambda item: _whole(item[1].get("global_step")))
+    history, notes = _history(path, state)
+    beside = [directory] if path.parent == directory else [directory, path.parent]
+    if directory.name.startswith("checkpoint-"):
+        beside.append(directory.parent)
+    record, config, results = (_first(beside, file) for file in (RECORD, "config.json", "all_results.json"))
+    card = _card(beside)
+    kept = {key: state[key] for key in (*TRAINING, *WRITING) if state.get(key) is not None}
+    own = _short(_flat(record) or card)
+    model = {f"model.{key}": value for key, value in _flat(config).items()}
+    step = max([_whole(state.get("global_step")), *(entry["step"] for entry in history)])
+    same = {**{key: kept.get(key) for key in TRAINING}, **own}
+    identity = tuple(sorted(f"{key}={value}" for key, value in same.items() if key not in OF_ONE_RUN))
+    return Run(
+        name=name,
+        directory=directory,
+        history=history,
+        logged=by_key(history),
+        settings={**model, **kept, **own},
+        results=results,
+        seed=_seed(own, name),
+        # A record says all of what the run was. Without one, its name must say the rest.
+        identity=("" if record else without_seed(name), *identity),
+        step=step,
+        max_steps=_whole(state.get("max_steps")),
+        recorded=bool(record),
+        notes=notes,
+    )
+
+
+# Settings that say where a run is kept, or which repetition it is: not how it was trained.
+OF_ONE_RUN = {"seed", "data_seed", "output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint"}
+OF_ONE_RUN |= {"logging_steps", "eval_steps", "save_steps", "logging_strategy", "save_strategy", "report_to"}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. The Trainer writes NaN and Infinity as such, which Python reads."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}). Copy it again, or leave its run out") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a JSON object. Is it a file of the Trainer's?")
+    return content
+
+
+def _first(directories: Sequence[Path], file: str) -> dict[str, Any]:
+    return next((_object(d / file) for d in directories if (d / file).is_file()), {})
+
+
+def _whole(value: Any) -> int:
+    """A count; 0 for what is none, or what no float tells from its neighbours."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if number and 0 <= value < 2**53 else 0
+
+
+def _history(path: Path, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The entries of the log that a step can be told of, and what was wrong with the others."""
+    entries = state.get("log_history", [])
+    if not isinstance(entries, list):
+        raise ValueError(
+            f'{path}: "log_history" is a {type(entries).__name__}, not a list. Is it a file of the Trainer?'
+        )
+    good = [e for e in entries if isinstance(e, dict) and "step" in e and _whole(e["step"]) == e["step"]]
+    history = [{readable(key): value for key, value in entry.items()} | {"step": int(entry["step"])} for entry in good]
+    notes = []
+    if not good:
+        notes.append("logged nothing yet: it is in no chart")
+    if len(good) < len(entries):
+        notes.append(f"{len(entries) - len(good)} of {len(entries)} log entries name no step and are left out")
+    logged = [entry["step"] for entry in history]
+    ends = sum("train_loss" in entry for entry in history)  # the summary that train() logs when it returns
+    clock = [entry["train_runtime"] for entry in history if isinstance(entry.get("train_runtime"), int | float)]
+    if ends > 1 or any(b < a for times in (logged, clock) for a, b in itertools.pairwise(times)):
+        notes.append("was resumed: of steps logged twice the later entry counts, and its times are of the last part")
+    return history, notes
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, with dotted keys; lists as JSON; without what is null."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = prefix + readable(str(key))
+        if isinstance(item, Mapping):
+            flat.update(_flat(item, f"{name}."))
+        elif item is not None:
+            flat[name] = item if isinstance(item, str | int | float) else json.dumps(item)
+    return flat
+
+
+def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys by their last part, where that is one setting's only."""
+    last = [key.rsplit(".", 1)[-1] for key in settings]
+    return {
+        short if last.count(short) == 1 else key: value
+        for short, (key, value) in zip(last, settings.items(), strict=True)
+    }
+
+
+def _card(directories: Sequence[Path]) -> dict[str, Any]:
+    """The hyper-parameters that the Trainer's model card lists."""
+    path = next((d / "README.md" for d in directories if (d / "README.md").is_file()), None)
+    text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+    section = re.search(r"^### Training hyperparameters\n(.*?)(?:^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    items = re.findall(r"^- (\w+): (.+(?:\n(?!- |\n).+)*)", section[1] if section else "", re.MULTILINE)
+    return {key: _number(" ".join(value.split())) for key, value in items}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def without_seed(name: str) -> str:
+    """A run's name without the seed in it, and its number.
+
+    >>> without_seed("lion-seed3"), without_seed("s1/lion"), without_seed("lion3")
+    ('lion', 'lion', 'lion3')
+    """
+    match = SEED_IN_NAME.search(name)
+    return name if match is None else (name[: match.start()] + name[match.end() :]).strip("-_./")
+
+
+def _seed(settings: Mapping[str, Any], name: str) -> int | None:
+    """The seed, as recorded or else as the run's name tells it."""
+    recorded = next((v for k, v in settings.items() if k.rsplit(".", 1)[-1] == "seed" and type(v) is int), None)
+    match = SEED_IN_NAME.search(name)
+    return int(match[1]) if recorded is None and match is not None else recorded

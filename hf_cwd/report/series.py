@@ -1,0 +1,123 @@
+"""What was logged under one key, step by step: smoothed, averaged over runs, and thinned for a picture."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+
+class Series(NamedTuple):
+    """Steps in ascending order and, for each, a value, which may be NaN or infinite."""
+
+    steps: list[int]
+    values: list[float]
+
+    @property
+    def bad(self) -> list[int]:
+        """Steps whose value is NaN or infinite."""
+        return [step for step, value in zip(*self, strict=True) if not math.isfinite(value)]
+
+    def after(self, step: float) -> "Series":
+        """The part after `step`."""
+        kept = [(s, v) for s, v in zip(*self, strict=True) if s > step]
+        return Series([s for s, _ in kept], [v for _, v in kept])
+
+    def last_tenth(self) -> float | None:
+        """Mean over the last 10 % of the steps, of its last value at least; None of nothing."""
+        if not self.steps:
+            return None
+        last = self.steps[-1]
+        return mean(self.after(min(0.9 * last, last - 1)).values)
+
+    def smooth(self, span: float) -> "Series":
+        """Weighted mean of the values around each: the weight is exp(-distance / `span`), in steps.
+
+        In steps, so that runs that log at different intervals are smoothed alike; to both sides, so that a falling
+        curve does not lag. Values that are not finite stay as they are and count for nothing.
+
+        >>> Series([1, 2, 3], [1.0, 1.0, 1.0]).smooth(10).values
+        [1.0, 1.0, 1.0]
+        """
+        if span <= 0:
+            return self
+        finite = [math.isfinite(value) for value in self.values]
+        values = [value if good else 0.0 for value, good in zip(self.values, finite, strict=True)]
+        totals, weights = (
+            _both_ways(self.steps, values, span),
+            _both_ways(self.steps, [float(good) for good in finite], span),
+        )
+        return Series(
+            self.steps,
+            [t / w if good else v for v, good, t, w in zip(self.values, finite, totals, weights, strict=True)],
+        )
+
+    def thin(self, most: int) -> "Series":
+        """At most `most` points: the lowest and the highest of each stretch, so that spikes stay, and a NaN."""
+        if len(self.steps) <= most:
+            return self
+        size = math.ceil(len(self.steps) / max(most // 3, 1))
+        kept: list[int] = []
+        for start in range(0, len(self.steps), size):
+            places = range(start, min(start + size, len(self.steps)))
+            finite = [i for i in places if math.isfinite(self.values[i])]
+            chosen = {i for i in places if not math.isfinite(self.values[i])}
+            chosen = set(sorted(chosen)[:1])
+            if finite:
+                chosen |= {min(finite, key=self.values.__getitem__), max(finite, key=self.values.__getitem__)}
+            kept += sorted(chosen)
+        return Series([self.steps[i] for i in kept], [self.values[i] for i in kept])
+
+
+def by_key(history: Iterable[dict[str, Any]]) -> dict[str, Series]:
+    """The numbers logged under each key, in the order in which the keys appear.
+
+    A run that was resumed goes through some steps again: what it logged after going back replaces what stood there.
+    """
+    found: dict[str, Series] = {}
+    for entry in history:
+        step = entry["step"]
+        for key, value in entry.items():
+            if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            steps, values = found.setdefault(key, Series([], []))
+            while steps and steps[-1] >= step:
+                steps.pop()
+                values.pop()
+            steps.append(step)
+            values.append(number(value))
+    return found
+
+
+def _both_ways(steps: Sequence[int], values: Sequence[float], span: float) -> list[float]:
+    """For each step the sum of all values, each weighted with exp(-distance / `span`)."""
+    before, after = _one_way(steps, values, span), _one_way(steps[::-1], values[::-1], span)[::-1]
+    return [b + a - value for b, a, value in zip(before, after, values, strict=True)]
+
+
+def _one_way(steps: Sequence[int], values: Sequence[float], span: float) -> list[float]:
+    """The same of the values up to each."""
+    total, last, sums = 0.0, 0, []
+    for step, value in zip(steps, values, strict=True):
+        total = total * math.exp(-abs(step - last) / span) + value
+        sums.append(total)
+        last = step
+    return sums
+
+
+def number(value: int | float) -> float:
+    """As a float; whole numbers that are too large for one are infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean, NaN or infinite if a value is."""
+    return sum(values) / len(values)
+
+
+def average(many: Sequence[Series]) -> Series:
+    """The mean at the steps that all of them have."""
+    tables = [dict(zip(*one, strict=True)) for one in many]
+    common = sorted(set(tables[0]).intersection(*tables[1:]))
+    return Series(common, [mean([table[step] for table in tables]) for step in common])

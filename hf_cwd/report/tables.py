@@ -1,0 +1,165 @@
+"""The tables of the page, as HTML."""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from hf_cwd.report.compare import Paired, Setting, by_seed, differing, paired, spread
+from hf_cwd.report.figures import Figure
+from hf_cwd.report.read import Run
+from hf_cwd.report.series import mean
+
+NOTHING = '<span class="muted" aria-label="not logged">\N{EN DASH}</span>'
+
+
+def table(
+    name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", first: str = "", text: int = 0
+) -> str:
+    """A table that scrolls in its own box; `rows` are cells, as HTML, after a heading of the row.
+
+    Args:
+        name: what the table is, for those who do not see it.
+        first: class of the first row.
+        text: how many of the last columns hold words.
+    """
+    lines = [f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0"><table>']
+    if caption:
+        lines.append(f"<caption>{escape(caption)}</caption>")
+    columns = "".join(
+        f'<th scope="col"{" class=text" * (place >= len(head) - text)}>{escape(name)}</th>'
+        for place, name in enumerate(head)
+    )
+    lines.append(f"<thead><tr>{columns}</tr></thead><tbody>")
+    for number, (heading, *cells) in enumerate(rows):
+        kind = f' class="{first}"' if first and number == 0 else ""
+        lines.append(f'<tr{kind}><th scope="row">{escape(heading)}</th>{"".join(cells)}</tr>')
+    return "\n".join([*lines, "</tbody></table></div>"])
+
+
+def final(runs: Sequence[Run], figures: Sequence[Figure], name: str) -> str:
+    """A row for each run; below each number the difference to the first run's."""
+    rows = []
+    for place, run in enumerate(runs):
+        row = [run.name]
+        for figure in figures:
+            value, base = figure.values[place], figure.values[0]
+            cell = NOTHING if value is None else escape(figure.kind.text(value))
+            if place and None not in (value, base) and value != base and math.isfinite(value - base):
+                cell += f'<span class="difference">{escape(figure.kind.difference(value, base))}</span>'
+            row.append(f"<td>{cell}</td>")
+        rows.append(row)
+    several = len(runs) > 1
+    caption = f"Small figures: the difference to {runs[0].name}, the first run." if several else ""
+    head = ["Run", *(figure.label for figure in figures)]
+    return table(name, head, rows, caption=caption, first="baseline" if several else "")
+
+
+def seeds(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Figure]) -> str:
+    """Mean and spread of each setting over its seeds."""
+    rows = []
+    for setting in settings:
+        row = [setting.label, f"<td>{_listed(by_seed(runs, setting, [0.0] * len(runs)))}</td>"]
+        for figure in figures:
+            values = list(by_seed(runs, setting, figure.values).values())
+            if not values:
+                row.append(f"<td>{NOTHING}</td>")
+                continue
+            deviation = spread(values)
+            text = figure.kind.text(mean(values))
+            if deviation is not None:
+                text += f" ± {_unsigned(figure, deviation)}"
+            count = "" if len(values) == len(setting.members) else f'<span class="difference">of {len(values)}</span>'
+            row.append(f"<td>{escape(text)}{count}</td>")
+        rows.append(row)
+    caption = "Mean ± sample standard deviation over the seeds; no ± where there is one seed."
+    head = ["Setting", "Seeds", *(figure.label for figure in figures)]
+    return table("Means over seeds", head, rows, caption=caption)
+
+
+def pairs(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Figure]) -> str:
+    """Each setting less the first one, over the seeds that both have."""
+    base, *others = settings
+    rows = []
+    for figure in figures:
+        of_base = by_seed(runs, base, figure.values)
+        for setting in others:
+            result = paired(by_seed(runs, setting, figure.values), of_base)
+            if not result.seeds and not result.left_out:
+                continue
+            difference = NOTHING
+            if result.difference is not None:
+                difference = escape(figure.kind.difference(result.difference, 0.0))
+            interval = NOTHING
+            if result.low is not None and result.high is not None:
+                interval = " to ".join(escape(figure.kind.difference(end, 0.0)) for end in (result.low, result.high))
+            rows.append(
+                [
+                    f"{figure.label}: {setting.label}",
+                    f"<td>{_listed(result.seeds)}</td><td>{difference}</td><td>{interval}</td>",
+                    f'<td class="text">{escape(verdict(result))}</td>',
+                ]
+            )
+    head = ["Figure: setting", "Common seeds", "Mean difference", "95 % interval", "What it says"]
+    apart = [s.label for s in others if not {runs[i].seed for i in s.members} & {runs[i].seed for i in base.members}]
+    none = f"<p>No seed in common with {escape(base.label)}: {escape(', '.join(apart))}.</p>" if apart else ""
+    return (table("Paired comparison", head, rows, text=1) if rows else "") + none
+
+
+def verdict(result: Paired) -> str:
+    """What a paired comparison says, in words; nothing where there are too few seeds to say anything."""
+    left_out = f" Without seed {', '.join(map(str, result.left_out))}: not finite." if result.left_out else ""
+    if result.low is None or result.high is None:
+        what = "No seed in common" if not result.seeds else "One seed in common: the difference may be chance"
+        return f"{what}. Too few seeds to say anything.{left_out}"
+    if result.low == result.high:
+        return f"The same difference with every seed.{left_out}"
+    if result.low <= 0 <= result.high:
+        said = "Not told apart: the interval holds 0."
+    else:
+        said = f"{'Lower' if result.high < 0 else 'Higher'}: the interval leaves out 0."
+    few = " Two seeds are too few to lean on." if len(result.seeds) == 2 else ""
+    return said + few + left_out
+
+
+def differences(runs: Sequence[Run]) -> str:
+    """The settings that differ, and the others folded away."""
+    apart, common = differing(runs)
+    parts = []
+    if apart:
+        rows = [
+            [run.name, *(f"<td>{_shown(values[i], run)}</td>" for values in apart.values())]
+            for i, run in enumerate(runs)
+        ]
+        parts.append(table("Settings that differ", ["Run", *apart], rows))
+    elif len(runs) > 1:
+        parts.append("<p>No known setting differs between the runs.</p>")
+    if common:
+        rows = [[key, f'<td class="text">{_shown(value)}</td>'] for key, value in common.items()]
+        title = f"{len(common)} settings that all runs have in common" if len(runs) > 1 else f"{len(common)} settings"
+        fold = table("Settings in common", ["Setting", "Value"], rows, text=1)
+        parts.append(f"<details><summary>{title}</summary>{fold}</details>")
+    return "\n".join(parts) or "<p>Nothing is known of the settings.</p>"
+
+
+def _shown(value: Any, run: Run | None = None) -> str:
+    if value is None:
+        return f'<span class="muted">{"not set" if run and run.recorded else "not known"}</span>'
+    text = str(value) if isinstance(value, str | bool | int) else _as_given(value)
+    return escape(text if len(text) <= 200 else f"{text[:199]}…")
+
+
+def _as_given(value: float) -> str:
+    """As it was given: `1e-3` was not `0.001000`."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def _unsigned(figure: Figure, deviation: float) -> str:
+    """A spread, with the digits of a difference."""
+    return figure.kind.difference(deviation, 0.0).removeprefix("+").removesuffix(" points")
+
+
+def _listed(seeds: Iterable[int | None]) -> str:
+    known = sorted(seed for seed in seeds if seed is not None)
+    shown = ", ".join(map(str, known[:8])) + (f" … ({len(known)})" if len(known) > 8 else "")
+    return shown or NOTHING
