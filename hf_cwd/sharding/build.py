@@ -85,6 +85,7 @@ def build(sources: Sequence[Source], *, share: str, exchange_bytes: int, staging
             device=device,
             batch_bytes=0 if device.type == "cpu" else exchange_bytes,  # batches save launches, and nothing on a CPU
             staging=staging or Staging(),
+            padded=[i for i, s in enumerate(sources) if s.flat is not None and s.numel < s.param.numel()],
         )
     except ValueError as error:
         problem = error

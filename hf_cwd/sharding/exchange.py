@@ -37,6 +37,7 @@ class Exchange:
         device: where matrices are gathered and orthogonalised.
         batch_bytes: matrices that do not move are taken together up to this size.
         staging: memory for what is offloaded, on its way to and from the device.
+        padded: local tensors that hold padding as well.
 
     Raises:
         ValueError: see :class:`hf_cwd.sharding.itinerary.Itinerary`.
@@ -51,6 +52,7 @@ class Exchange:
         device: torch.device,
         batch_bytes: int,
         staging: Staging,
+        padded: Sequence[int] = (),
     ) -> None:
         self.plan = plan
         self.device = device
@@ -58,7 +60,9 @@ class Exchange:
         peers = range(dist.get_world_size()) if plan.rounds else [rank]
         # Gloo has all-to-alls from one tensor only, so that a result for several replicas is copied for each of them.
         self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config()
-        self.itinerary = Itinerary(plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes)
+        self.itinerary = Itinerary(
+            plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes, padded=padded
+        )
 
     def new_part(self, source: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor for a source's direction: of the size of its local tensor, and on its device."""

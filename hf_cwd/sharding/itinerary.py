@@ -79,6 +79,7 @@ class Itinerary:
         peers: all ranks, in the order of the process group.
         local_sizes: elements of each of the optimizer's local tensors, which ``Entry.source`` counts; without padding.
         batch_bytes: matrices that do not move are taken together up to this size; 0: one parameter at a time.
+        padded: local tensors that hold padding as well.
 
     Attributes:
         rounds: a :class:`Round` for each of the plan's.
@@ -92,9 +93,16 @@ class Itinerary:
     """
 
     def __init__(
-        self, plan: Plan, rank: int, *, peers: Sequence[int], local_sizes: Sequence[int], batch_bytes: int
+        self,
+        plan: Plan,
+        rank: int,
+        *,
+        peers: Sequence[int],
+        local_sizes: Sequence[int],
+        batch_bytes: int,
+        padded: Sequence[int] = (),
     ) -> None:
-        self._plan, self._rank = plan, rank
+        self._plan, self._rank, self._padded = plan, rank, frozenset(padded)
         self._position = {peer: i for i, peer in enumerate(peers)}
         self.rounds = [self._round() for _ in range(plan.rounds)]
         here = self._here(local_sizes)
@@ -205,7 +213,8 @@ class Itinerary:
             result.second = self._batches(numbers)
             for part in result.kept:
                 segment, shape = part.segment, self._plan.jobs[part.job].shape
-                if len(here[part.source]) == 1 and segment.numel == prod(shape) and segment.is_contiguous:
+                alone = len(here[part.source]) == 1 and part.source not in self._padded
+                if alone and segment.numel == prod(shape) and segment.is_contiguous:
                     result.whole[part.source] = part
             result.kept = [part for part in result.kept if part.source not in result.whole]
             results.append(result)

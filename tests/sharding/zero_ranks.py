@@ -59,7 +59,9 @@ def make(params, variant, **changes):
     """Parameters whose matrices lie alike share a group, and so a flat tensor."""
     groups = {}
     for group in injected_reference.groups(params, variant.rule):
-        kind = groups.setdefault((group.get("algorithm"), repr(group.get("layout"))), {**group, "params": []})
+        # A matrix with 35 elements has a flat tensor of its own, which has padding on one rank too.
+        odd = any(name == "odd" for name, _ in group["params"])
+        kind = groups.setdefault((group.get("algorithm"), repr(group.get("layout")), odd), {**group, "params": []})
         kind["params"] += group["params"]
     options = {"lr": 1e-2, "weight_decay": 0.5, **dict(variant.options), **changes}
     return CWDOptimizer(list(groups.values()), algorithm=variant.rule, **options)
