@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_cwd import CWDOptimizer
 from hf_cwd.rules import RULES
-from hf_cwd.trainer import options
+from hf_cwd.trainer import log
 from hf_cwd.trainer.callback import DecayedFractionCallback
 
 from .conftest import tiny_data, tiny_llama
@@ -152,12 +152,12 @@ def test_one_start_up_line_says_what_runs(arguments, caplog):
 
 
 def test_no_weight_decay_warns_once(arguments, caplog):
-    options._warn_once.cache_clear()
+    log.warn_once.cache_clear()
     for _ in range(2):
         Trainer(model=tiny_llama(), args=arguments(optim="cwd_lion", weight_decay=0.0)).create_optimizer()
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len([message for message in warnings if "cwd_lion then decays nothing" in message]) == 1
-    options._warn_once.cache_clear()
+    log.warn_once.cache_clear()
     caplog.clear()
     plain = arguments(optim="cwd_lion", weight_decay=0.0, optim_args="cautious=false")
     Trainer(model=tiny_llama(), args=plain).create_optimizer()
