@@ -165,7 +165,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         **{"learning_rate": options.get("learning_rate", 3e-4), "weight_decay": 0.1, "save_strategy": "no"},
         **{"logging_strategy": "steps" if every else "no", "logging_steps": every or 500, "logging_first_step": True},
         **{"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": device == "cuda"},
-        **({"deepspeed": deepspeed_config(options["deepspeed"], optim)} if options["deepspeed"] else {}),
+        **({"deepspeed": deepspeed_config(options.get("deepspeed"), optim)} if options.get("deepspeed") else {}),
     )
     watch, peak = stopwatch(device, warmup, warmup + steps), Peak(device)
     gc.collect()
@@ -173,7 +173,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         torch.cuda.empty_cache()
     peak.start()
     set_seed(0)
-    with torch.device(device) if not options["deepspeed"] else contextlib.nullcontext():
+    with torch.device(device) if not options.get("deepspeed") else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options["dtype"]))
     processes = training.world_size
     data = rows(config.vocab_size, options["block_size"], (warmup + steps) * batch * processes)
@@ -182,7 +182,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
     loss = trainer.train().training_loss
     bytes_ = peak.stop()
     optimizer = watch.optimizer_seconds()
-    if options["deepspeed"]:
+    if options.get("deepspeed"):
         trainer.deepspeed.destroy()  # its hooks would keep it, with everything in it
     return {
         "tokens_per_second": steps * batch * processes * options["block_size"] / watch.seconds,

@@ -80,7 +80,6 @@ def test_other_optimizers_are_what_accelerate_makes_of_them():
 
 def test_a_model_learns_the_rows(tmp_path):
     given = {"dtype": "bfloat16", "bf16": False, "batch_size": 8, "block_size": 32, "logging_steps": 10}
-    given["deepspeed"] = None
     config = LlamaConfig(**{key: value for key, value in LLAMA.items() if key != "model_type"})
     found = bench_train.train(
         config, "cwd_adamw:master=remainder", "cpu", str(tmp_path), 28, 2, learning_rate=1e-2, **given
