@@ -1,9 +1,9 @@
 """Makes ``cwd_<rule>`` values of ``--optim``: real members of transformers' OptimizerNames, with handlers.
 
-transformers has no public call for this, so four things are added to it, once it is imported by whoever wants it:
+transformers has no public call for this, so five things are added to it, once it is imported by whoever wants it:
 members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
-of ``optim_args`` when TrainingArguments are built, before any model is loaded, and the nearest name for a wrong one. A
-fifth, a callback, sees to it that the optimizer which trains is the one that was asked for.
+of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one, and a
+callback which sees to it that the optimizer that trains is the one that was asked for.
 """
 
 import argparse
