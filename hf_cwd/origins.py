@@ -1,5 +1,6 @@
 """What parameter groups were made of: FSDP2 and DeepSpeed put other tensors in the place of a model's parameters."""
 
+import logging
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from hf_cwd.sharding import zero
 from hf_cwd.sharding.zero import FlatShard
 
 Group = MutableMapping[str, Any]
+
+_logger = logging.getLogger("hf_cwd")
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Origins:
                 self._flat[p] = zero.flat_shard(p, params, names) if stands_for else None
             except ValueError as error:
                 self._flat[p] = error
+                if not needed:
+                    _logger.warning("%s. Its padding is stepped, and counted, with the weights", error)
         found = self._flat[p]
         if isinstance(found, ValueError):
             if needed:

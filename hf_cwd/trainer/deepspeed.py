@@ -94,8 +94,12 @@ def drop_section(args: Any) -> None:
         known[:] = [line for line in known if not line.startswith("- ds optimizer.")]
 
 
-def check(args: Any, name: str) -> None:
-    """Called with finished TrainingArguments.
+def check(args: Any, name: str, arguments: Mapping[str, Any]) -> None:
+    """Called with finished TrainingArguments, and again where the optimizer is made.
+
+    Args:
+        name: the value of ``--optim``.
+        arguments: the optimizer's.
 
     Raises:
         ValueError: something in the configuration that has not been tried with hf_cwd, or cannot work.
@@ -116,7 +120,7 @@ def check(args: Any, name: str) -> None:
             f'--optim {name} is given, and DeepSpeed\'s configuration says "zero_force_ds_cpu_optimizer": true, which '
             "puts DeepSpeedCPUAdam in its place: delete that line"
         )
-    if "scheduler" in config and "_lr=" in (args.optim_args or ""):
+    if "scheduler" in config and any(argument.endswith("_lr") for argument in arguments):
         raise ValueError(
             f"--optim_args {args.optim_args!r} sets a second learning rate, which the scheduler of DeepSpeed's "
             'configuration overwrites: delete its "scheduler" line, and use --lr_scheduler_type'

@@ -167,7 +167,7 @@ def check_finished_arguments(args: Any) -> None:
     if name in names():
         check_sharding(name, RULES[name.removeprefix(PREFIX)], args)
         deepspeed.drop_section(args)
-        deepspeed.check(args, name)
+        deepspeed.check(args, name, optimizer_arguments(args))
         deepspeed.meet(args)
 
 
@@ -180,10 +180,10 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     name = chosen(ctx.args)
     rule = RULES[name.removeprefix(PREFIX)]
     check_sharding(name, rule, ctx.args)
-    deepspeed.check(ctx.args, name)
+    arguments = optimizer_arguments(ctx.args)
+    deepspeed.check(ctx.args, name, arguments)
     deepspeed.keep_ours()
     _check_world(ctx.args)
-    arguments = optimizer_arguments(ctx.args)
     described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())
     if rule.companion is not None:
         if ctx.model is None:
