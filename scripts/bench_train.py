@@ -96,53 +96,6 @@ def rows(vocabulary: int, length: int, count: int, seed: int = 0) -> list[dict[s
     return found
 
 
-def stopwatch(device: str, warmup: int, last: int) -> Any:
-    """A callback that measures the steps after the first ones: in all, and the optimizer's part of them."""
-    import torch
-    from bench_machine import synchronize
-    from transformers import TrainerCallback
-
-    from hf_cwd.trainer.guards import innermost
-
-    class Stopwatch(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds, self.losses, self.marks = 0.0, [], []
-
-        def mark(self) -> None:
-            if device == "cuda":
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                self.marks.append(event)
-            else:
-                self.marks.append(time.perf_counter())
-
-        def on_train_begin(self, args, state, control, optimizer=None, **_):
-            inner = innermost(optimizer)
-            inner.register_step_pre_hook(lambda *_: self.mark())
-            inner.register_step_post_hook(lambda *_: self.mark())
-
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == warmup:
-                synchronize(device)
-                self.marks.clear()
-                self.seconds = time.perf_counter()
-            elif state.global_step == last:
-                synchronize(device)
-                self.seconds = time.perf_counter() - self.seconds
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if "loss" in (logs or {}):
-                self.losses.append(float(logs["loss"]))
-
-        def optimizer_seconds(self) -> float:
-            pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-            if device == "cuda":
-                return sum(first.elapsed_time(second) for first, second in pairs) / 1e3
-            return sum(second - first for first, second in pairs)
-
-    return Stopwatch()
-
-
 def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: int, **options: Any) -> dict[str, Any]:
     """One block: a new model, a few steps of it by the Trainer.
 
@@ -153,6 +106,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
     """
     import torch
     from bench_machine import Peak
+    from bench_stopwatch import stopwatch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     import hf_cwd  # noqa: F401  registers the names
