@@ -1,7 +1,6 @@
 """Cautious Weight Decay (arXiv 2510.12402) for the Hugging Face Trainer.
 
-Importing this package makes ``cwd_adamw``, ``cwd_lion``, ``cwd_muon`` and ``cwd_sgd`` values of ``--optim``, before or
-after transformers is imported. It imports neither transformers nor torch; what is used of it does.
+Importing it makes ``cwd_*`` values of ``--optim``, before or after transformers is, and imports neither that nor torch.
 """
 
 import importlib
@@ -10,15 +9,18 @@ from typing import Any
 from hf_cwd import startup
 
 __version__ = "0.1.0"
-__all__ = ["CWDSGD", "CWDAdamW", "CWDLion", "CWDMuon", "CWDOptimizer", "DecayCount", "cautious_mask", "route"]
-_HOMES = {"CWDOptimizer": "optimizer", "DecayCount": "decay", "cautious_mask": "decay", "route": "trainer.routing"}
+__all__ = ["CWDSGD", "CWDAdamW", "CWDArgumentsMixin", "CWDLion", "CWDMuon", "CWDOptimizer", "CWDTrainer",
+           "CWDTrainerMixin", "CWDTrainingArguments", "StepStatistics", "cautious_mask", "route"]  # fmt: skip
+_HOMES = {"CWDOptimizer": "optimizer", "StepStatistics": "measure", "cautious_mask": "decay",
+          "CWDTrainer": "trainer.trainer", "CWDTrainerMixin": "trainer.trainer", "route": "trainer.routing",
+          "CWDArgumentsMixin": "trainer.arguments", "CWDTrainingArguments": "trainer.arguments"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(f"hf_cwd.{_HOMES.get(name, 'optimizers')}"), name)
-    return globals()[name]
+    home = _HOMES.get(name, "optimizers")
+    return globals().setdefault(name, getattr(importlib.import_module(f"hf_cwd.{home}"), name))
 
 
 def __dir__() -> list[str]:

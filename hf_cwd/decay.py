@@ -6,34 +6,10 @@ Rules compute the direction ``u``; kernels call :func:`step_` on the blocks of m
 the package decides what is decayed.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 MASKS = ("ge", "gt")
-
-
-@dataclass
-class DecayCount:
-    """How many elements were decayed, of those that a non-zero weight decay could have decayed.
-
-    Put a fresh one into ``CWDOptimizer.decay_count`` before a step and read it afterwards. ``decayed`` is a tensor
-    until it is read, so that counting does not synchronise a device.
-    """
-
-    decayed: int | Tensor = 0
-    total: int = 0
-
-    def add(self, decayed: Tensor | None, numel: int) -> None:
-        """Counts a block of ``numel`` elements; ``decayed`` is its mask, None where all of them were decayed."""
-        self.decayed = self.decayed + (numel if decayed is None else decayed.count_nonzero())
-        self.total += numel
-
-    @property
-    def fraction(self) -> float | None:
-        """The paper's mask ratio in [0, 1]; None when nothing could be decayed."""
-        return float(self.decayed) / self.total if self.total else None
 
 
 def cautious_mask(direction: Tensor, param: Tensor, *, mask: str = "ge") -> Tensor:
@@ -85,7 +61,7 @@ def step_(
     scale: float = 1.0,
     cautious: bool = True,
     mask: str = "ge",
-    count: DecayCount | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """One step in place: ``x <- x - lr * (scale * u + weight_decay * 1[u * x >= 0] * x)``.
 
@@ -102,16 +78,40 @@ def step_(
         scale: positive factor on the direction.
         cautious: False decays every element (plain decoupled decay), by the same code.
         mask: see :func:`cautious_mask`.
-        count: receives the number of decayed elements, when given.
+        sums: four float64 numbers, on the parameter's device, to which :func:`observed` is added, when given.
     """
-    if weight_decay != 0:
+    decays = weight_decay != 0
+    mask_ = cautious_mask(direction, param, mask=mask) if decays and cautious else None
+    if sums is not None:
+        sums += observed(param, direction, decays=decays, decayed=mask_)
+    if decays:
         rate = decay_rate(lr, weight_decay)
-        if cautious:
-            decayed = cautious_mask(direction, param, mask=mask)
-            param.addcmul_(decayed, param, value=rate)
+        if mask_ is not None:
+            param.addcmul_(mask_, param, value=rate)
         else:
-            decayed = None
             param.add_(param, alpha=rate)
-        if count is not None:
-            count.add(decayed, param.numel())
     param.add_(direction, alpha=-lr * scale)
+
+
+def observed(param: Tensor, direction: Tensor, *, decays: bool, decayed: Tensor | None) -> Tensor:
+    """What a step sums up of the elements it sees: the number decayed, and of x and u before the step.
+
+    Args:
+        param: x.
+        direction: u, without its scale.
+        decays: whether there is a weight decay.
+        decayed: the mask of :func:`cautious_mask`; None where all elements are decayed.
+
+    Returns:
+        Four float64 numbers: decayed elements, the sum of u^2, of x^2, and of the decayed x^2.
+    """
+    squares = param.square()
+    weight = squares.sum(dtype=torch.float64)
+    if not decays:
+        number = among = torch.zeros_like(weight)
+    elif decayed is None:
+        number, among = torch.full_like(weight, param.numel()), weight
+    else:
+        number = decayed.sum(dtype=torch.float64)
+        among = squares.masked_fill_(decayed == 0, 0).sum(dtype=torch.float64)
+    return torch.stack([number, direction.square().sum(dtype=torch.float64), weight, among])

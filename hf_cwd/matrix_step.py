@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from hf_cwd import kernels
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels.base import Item, Settings
 from hf_cwd.kernels.eager import wide
 from hf_cwd.matrices import Layout
+from hf_cwd.measure import StepStatistics
 from hf_cwd.rules import RULES, Rule
 from hf_cwd.rules.hyperparameters import checked
+from hf_cwd.sharding.agree import digest
 from hf_cwd.sharding.build import Source, build
 from hf_cwd.sharding.dtensor import local
 from hf_cwd.sharding.exchange import Exchange
-from hf_cwd.sharding.plan import EXCHANGE
+from hf_cwd.sharding.plan import EXCHANGE, Plan
 from hf_cwd.sharding.stage import Stage
 from hf_cwd.sharding.staging import Staging
 from hf_cwd.sharding.zero import FlatShard
@@ -102,7 +103,7 @@ class MatrixStep:
         self,
         members: Sequence[Member],
         states: Mapping[Tensor, MutableMapping[str, Tensor]],
-        count: DecayCount | None,
+        statistics: StepStatistics | None,
         meanwhile: Callable[[], None],
     ) -> None:
         """One step.
@@ -110,7 +111,7 @@ class MatrixStep:
         Args:
             members: equal on all ranks.
             states: the optimizer's.
-            count: see :class:`hf_cwd.decay.DecayCount`.
+            statistics: of this step, if they are wanted.
             meanwhile: work that needs no matrix, done while the first parts travel.
         """
         _, exchange, kinds, caches = self.prepare(members)
@@ -145,9 +146,18 @@ class MatrixStep:
                 flat, own = members[i].flat, items.pop(i)
                 some += own
                 us += [u.view(own[0].param.shape)] if flat is None else flat.cut(u.view(-1))
-            kernels.apply(some, us, [s for i in wanted for s in kinds[i].scales], count, caches[wanted[0]])
+            kernels.apply(some, us, [s for i in wanted for s in kinds[i].scales], statistics, caches[wanted[0]])
 
-        exchange.run([member.param.grad is not None for member in members], directions, apply, meanwhile)
+        def look(number: int, result: Tensor) -> None:
+            job = exchange.plan.jobs[number]
+            if (job.entry, job.matrix) == sampled:  # several replicas may have it
+                statistics.add_matrix(key, result)
+
+        if statistics is not None:
+            key, sampled = _sampled(exchange.plan, statistics.sample)
+            statistics.expect_matrix(key)
+        present = [member.param.grad is not None for member in members]
+        exchange.run(present, directions, apply, meanwhile, look if statistics is not None else None)
 
     def prepare(self, members: Sequence[Member]) -> _Prepared:
         """The exchange of these: made before the first step, since FSDP2 swaps parameters, and again after a change."""
@@ -173,3 +183,12 @@ def _kind(member: Member, stage: Stage, device: str) -> _Kind:
     shapes = [tuple(p.shape)] if flat is None else [flat.params[fragment.param].shape for fragment in flat.fragments]
     scales = tuple(stage.scale(shape) if member.layout == Layout() else 1.0 for shape in shapes)
     return _Kind(member.rule, stage.wire(wide(p.dtype), device), scales)
+
+
+def _sampled(plan: Plan, sample: int) -> tuple[int, tuple[int, int]]:
+    """One of the matrices, by entry and number within it: by names, so that every layout takes the same.
+
+    Also a number by which that of several exchanges is chosen.
+    """
+    key, entry = min((digest((entry.name, sample)), number) for number, entry in enumerate(plan.entries))
+    return key, (entry, key % (1 + max(job.matrix for job in plan.jobs if job.entry == entry)))

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_cwd import kernels, states
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels.base import Settings
 from hf_cwd.matrix_step import MatrixStep, Member
+from hf_cwd.measure import StepStatistics
 from hf_cwd.origins import Origins
 from hf_cwd.refusals import are_plain, check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
-from hf_cwd.sharding.dtensor import is_dtensor
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.sharding.zero import full_shape
@@ -87,7 +86,7 @@ class CWDOptimizer(torch.optim.Optimizer):
     ) -> None:
         refuse_torch_kernels(options)
         self.companions = dict(companions or {})
-        self.decay_count: DecayCount | None = None
+        self.statistics: StepStatistics | None = None
         self._is_prepared = False
         self._origins = Origins()
         self._matrix_step = MatrixStep.of(_rule(algorithm), options)
@@ -112,18 +111,13 @@ class CWDOptimizer(torch.optim.Optimizer):
         return (
             super().__getstate__()
             | {name: getattr(self, name) for name in own}
-            | {"decay_count": None, "_is_prepared": False, "_cache": {}}
+            | {"statistics": None, "_is_prepared": False, "_cache": {}}
         )
 
     @property
     def exchanges(self) -> list[Exchange]:
         """How matrices are exchanged between ranks: one, but under DeepSpeed one for each flat tensor; first none."""
         return self._matrix_step.exchanges
-
-    @property
-    def counts_parts(self) -> bool:
-        """Whether a decay count is this rank's share, of parameters that lie in parts on several ranks."""
-        return self._origins.has_flat or any(is_dtensor(p) for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with the defaults of its rule. Raises ValueError, and adds nothing, if it cannot be trained."""
@@ -206,9 +200,12 @@ class CWDOptimizer(torch.optim.Optimizer):
                         states.make(self.state[p], p, group)
             return loss
         if members := self._members():
-            self._matrix_step(members, self.state, self.decay_count, self._step_elementwise)
+            self._matrix_step(members, self.state, self.statistics, self._step_elementwise)
         else:
             self._step_elementwise()
+        if self.statistics is not None:
+            moving = [exchange.device for exchange in self.exchanges if exchange.plan.rounds]
+            self.statistics.settle(self.param_groups, self._origins, moving[0] if moving else None)
         return loss
 
     def _prepare_flat(self) -> None:
@@ -258,7 +255,7 @@ class CWDOptimizer(torch.optim.Optimizer):
                         found, kept = states.pieces(found[0], flat.extents), False
                     items += found
                 self._cache[rule] = states.Steady(self.state, groups, params, items) if kept else None
-            kernels.update(rule, items, self.decay_count, self._cache, steady=steady)
+            kernels.update(rule, items, self.statistics, self._cache, steady=steady)
             for item in items:
                 item.grad = None  # kept items must not keep the memory of gradients
 

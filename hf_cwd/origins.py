@@ -52,6 +52,13 @@ class Origins:
             if origin is not None:
                 origin.group = other
 
+    def __len__(self) -> int:
+        return len(self._origins)
+
+    def number(self, group: Group) -> int:
+        """A group's place among all, of which DeepSpeed may show the optimizer one alone."""
+        return next(i for i, origin in enumerate(self._origins) if origin.group is group)
+
     def flat(self, p: Tensor, group: Group, *, needed: bool = True) -> FlatShard | None:
         """What lies in ``p`` if it is a flat tensor of DeepSpeed's that stands for the group's parameters, else None.
 
@@ -101,11 +108,6 @@ class Origins:
         refs = [] if origin is None else origin.params
         alive = [(i, param) for i, ref in enumerate(refs) if (param := ref()) is not None]
         return [param for _, param in alive], [self._name(origin, i, param) for i, param in alive]
-
-    @property
-    def has_flat(self) -> bool:
-        """Whether flat tensors have been stepped."""
-        return any(isinstance(flat, FlatShard) for flat in self._flat.values())
 
     def describe(self, p: Tensor, position: int, group: Group) -> str:
         """A parameter in words, with its name where the optimizer was given names."""

@@ -61,6 +61,21 @@ class Traffic:
             self.kernel.update = update
 
 
+class Logged:
+    """An optimizer of hf_cwd in a step that is logged: it collects its statistics, and they are read."""
+
+    def __init__(self, params: list[Tensor], name: str, **options: Any) -> None:
+        from hf_cwd import StepStatistics
+
+        self.collect, self.optimizer = StepStatistics, _cwd(name, **options)(params)
+        self.state = self.optimizer.state
+
+    def step(self) -> None:
+        self.optimizer.statistics = statistics = self.collect()
+        self.optimizer.step()
+        statistics.read()
+
+
 class Copy:
     """A copy on the device that moves as many bytes as AdamW's step: half of them read, half written."""
 
@@ -120,6 +135,7 @@ CANDIDATES: dict[str, Candidate] = {
     "torch_sgd_fused": Candidate(_torch("SGD", fused=True, momentum=0.9)),
     "cwd_adamw": Candidate(_cwd("CWDAdamW"), kernel="auto"),
     "cwd_adamw_off": Candidate(_cwd("CWDAdamW", cautious=False), kernel="auto"),
+    "cwd_adamw_logged": Candidate(lambda params: Logged(params, "CWDAdamW"), kernel="auto"),
     "cwd_adamw_c": Candidate(_cwd("CWDAdamW", kernel="c"), device="cpu"),
     "cwd_adamw_triton": Candidate(_cwd("CWDAdamW", kernel="triton"), device="cuda"),
     "cwd_adamw_eager": Candidate(_cwd("CWDAdamW", kernel="eager")),
@@ -128,6 +144,7 @@ CANDIDATES: dict[str, Candidate] = {
     "cwd_adamw_capturable": Candidate(_cwd("CWDAdamW", capturable=True), device="cuda", kernel="auto"),
     "cwd_lion": Candidate(_cwd("CWDLion"), kernel="auto"),
     "cwd_lion_off": Candidate(_cwd("CWDLion", cautious=False), kernel="auto"),
+    "cwd_lion_logged": Candidate(lambda params: Logged(params, "CWDLion"), kernel="auto"),
     "cwd_lion_eager": Candidate(_cwd("CWDLion", kernel="eager")),
     "cwd_sgd": Candidate(_cwd("CWDSGD", momentum=0.9), kernel="auto"),
     "cwd_sgd_eager": Candidate(_cwd("CWDSGD", momentum=0.9, kernel="eager")),
@@ -143,6 +160,7 @@ CANDIDATES: dict[str, Candidate] = {
     "cwd_muon": Candidate(_cwd("CWDMuon"), **MUON, kernel="auto"),
     "cwd_muon_bf16": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16"), **MUON, kernel="auto"),
     "cwd_muon_off": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16", cautious=False), **MUON, kernel="auto"),
+    "cwd_muon_logged": Candidate(lambda params: Logged(params, "CWDMuon", ns_dtype="bfloat16"), **MUON, kernel="auto"),
     "cwd_muon_eager": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16", kernel="eager"), **MUON),
     "dion_muon": Candidate(_theirs("dion", "Muon", nesterov=True, adjust_lr="rms_norm"), **MUON),
     "pytorch_optimizer_muon": Candidate(

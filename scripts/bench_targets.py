@@ -30,6 +30,12 @@ RATIOS = (
     Ratio("cwd_lion", "deepspeed_lion", 1.03),
     Ratio("cwd_adamw", "cwd_adamw_off", 1.01),
     Ratio("cwd_lion", "cwd_lion_off", 1.01),
+    *(
+        Ratio(f"cwd_{rule}_logged", f"cwd_{rule}", 1.05, device=device)
+        for rule in ("adamw", "lion")
+        for device in ("cpu", "cuda")
+    ),
+    *(Ratio("cwd_muon_logged", "cwd_muon_bf16", 1.05, device=device, family=MATRIX) for device in ("cpu", "cuda")),
     Ratio("cwd_adamw_eager", "torch_adamw_fused", 3.00),
     Ratio("cwd_muon_bf16", "torch_muon", 1.02, family=MATRIX, largest_aspect=1.0),
     Ratio("cwd_muon_bf16", "torch_muon", 0.70, family=MATRIX, least_aspect=4.0),

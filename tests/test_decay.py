@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_cwd import DecayCount, cautious_mask
+from hf_cwd import cautious_mask
 from hf_cwd.decay import step_
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -104,10 +104,10 @@ def test_step_is_the_formula(scale, weight_decay, cautious, mask):
 def test_no_decay_is_not_computed(cautious):
     """0 * inf would be NaN."""
     x = torch.tensor([math.inf, -math.inf, 1.0])
-    count = DecayCount()
-    step_(x, torch.zeros(3), lr=1.0, weight_decay=0.0, cautious=cautious, count=count)
+    sums = torch.zeros(4, dtype=torch.float64)
+    step_(x, torch.zeros(3), lr=1.0, weight_decay=0.0, cautious=cautious, sums=sums)
     assert x.tolist() == [math.inf, -math.inf, 1.0]
-    assert count.fraction is None
+    assert sums.tolist() == [0, 0, math.inf, 0]
 
 
 @pytest.mark.parametrize("cautious", [True, False])
@@ -121,22 +121,21 @@ def test_small_decay_is_right_on_average(cautious):
 
 
 @MASKS
-def test_count_and_fraction(mask):
+def test_sums(mask):
     u = torch.tensor([1.0, 1.0, -1.0, 0.0, 2.0])
-    x = torch.tensor([1.0, -1.0, -1.0, 3.0, 0.0])
-    count = DecayCount()
-    assert count.fraction is None
-    step_(x.clone(), u, lr=0.1, weight_decay=0.1, mask=mask, count=count)
-    expected = {"ge": 4, "gt": 2}[mask]  # the same sign: elements 0 and 2; a zero: elements 3 and 4
-    assert (int(count.decayed), count.total, count.fraction) == (expected, 5, pytest.approx(expected / 5))
-    step_(x.clone(), u, lr=0.1, weight_decay=0.1, cautious=False, count=count)  # all five
-    assert (int(count.decayed), count.total, count.fraction) == (expected + 5, 10, pytest.approx((expected + 5) / 10))
+    x = torch.tensor([1.0, -2.0, -3.0, 4.0, 0.0])
+    sums = torch.zeros(4, dtype=torch.float64)
+    step_(x.clone(), u, lr=0.1, weight_decay=0.1, scale=3.0, mask=mask, sums=sums)
+    decayed, among = {"ge": (4, 26), "gt": (2, 10)}[mask]  # the same sign: elements 0 and 2; a zero: elements 3 and 4
+    assert sums.tolist() == [decayed, 7, 30, among]
+    step_(x.clone(), u, lr=0.1, weight_decay=0.1, cautious=False, sums=sums)  # added; all five
+    assert sums.tolist() == [decayed + 5, 14, 60, among + 30]
 
 
 @pytest.mark.parametrize("cautious", [True, False])
 def test_count_is_exact_for_large_models(cautious):
     """float32 holds no odd number above 2^24 = 16.8 million, the size of a small model."""
-    count = DecayCount(decayed=torch.tensor(2**24), total=2**24)
+    sums = torch.full((4,), 2.0**24, dtype=torch.float64)
     for _ in range(3):
-        step_(torch.ones(1), torch.ones(1), lr=0.1, weight_decay=0.1, cautious=cautious, count=count)
-    assert int(count.decayed) == count.total == 2**24 + 3
+        step_(torch.ones(1), torch.ones(1), lr=0.1, weight_decay=0.1, cautious=cautious, sums=sums)
+    assert sums.tolist() == [2**24 + 3] * 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cwd import CWDLion, CWDMuon, DecayCount, route
+from hf_cwd import CWDMuon, route
 from hf_cwd.rules import RULES
 from tests.stepping import make, parameter, run, set_grads
 
@@ -152,16 +152,6 @@ def test_copies_train_on(algorithm, duplicate):
     (q,) = twin.param_groups[0]["params"]
     assert torch.equal(run(optimizer, [p], 2)[0], run(twin, [q], 2)[0])
     twin.add_param_group({"params": [parameter(2, 2)]})
-
-
-def test_decay_count_is_exact_and_costs_nothing_when_absent():
-    x, frozen = nn.Parameter(torch.tensor([1.0, -1.0, 2.0, 0.0])), nn.Parameter(torch.ones(5))
-    optimizer = CWDLion([{"params": [x]}, {"params": [frozen], "weight_decay": 0.0}], lr=0.1, weight_decay=0.5)
-    optimizer.decay_count = count = DecayCount()
-    x.grad, frozen.grad = torch.ones(4), torch.ones(5)
-    optimizer.step()
-    assert (int(count.decayed), count.total, count.fraction) == (3, 4, 0.75)
-    assert DecayCount().fraction is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

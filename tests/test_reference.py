@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cwd import CWDOptimizer, DecayCount
+from hf_cwd import CWDOptimizer, StepStatistics
 from hf_cwd.kernels import eager
 from hf_cwd.rules import RULES
 from tests.comparison import REFERENCES, assert_follows_paper, every_variant, initial, to_numpy
@@ -127,9 +127,10 @@ def test_decayed_elements_are_counted(rule, hyper, mask):
             p.grad = torch.from_numpy(g)
             _, s, states[i] = REFERENCES[rule](g, states[i], t, **own)
             expected += int(paper.cautious(s, to_numpy(p), strict=mask == "gt").sum()) if i < 2 else 0
-        optimizer.decay_count = DecayCount()
+        optimizer.statistics = StepStatistics()
         optimizer.step()
-        assert (int(optimizer.decay_count.decayed), optimizer.decay_count.total) == (expected, 6 * 7 + 5 * 4)
+        total = optimizer.statistics.read().total
+        assert (total.decayed, total.eligible, total.numel) == (expected, 6 * 7 + 5 * 4, 6 * 7 + 5 * 4 + 2 * 2)
 
 
 # --- The references themselves ---

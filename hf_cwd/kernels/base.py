@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount, decay_rate
+from hf_cwd.decay import decay_rate
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -47,6 +47,38 @@ class Item:
     settings: Settings
 
 
+COLUMNS = 4  # of Sums, see hf_cwd.decay.observed
+
+
+class Call(NamedTuple):
+    """What a kernel summed up in one call: for each parameter a row of float64 ``numbers``, see :class:`Sums`."""
+
+    params: list[Tensor]
+    settings: list[Settings]
+    scales: Sequence[float]  # on the directions
+    numbers: Tensor
+
+
+class Sums:
+    """Numbers that kernels sum up in the pass that updates parameters, for each item apart.
+
+    Of each item's elements before the step: how many are decayed, and the sums of u^2, of x^2 and of the decayed x^2,
+    as :func:`hf_cwd.decay.observed`. That of u^2 is NaN where a rule's state is not finite, of which u says nothing:
+    Lion's is a sign, AdamW's is 0 over an infinite v.
+
+    Elements are squared and added in fp32 (fp64 of fp64 parameters) over a block, and blocks in fp64, on the items'
+    device: nothing waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def add(self, items: Sequence[Item], scales: Sequence[float], numbers: Tensor) -> None:
+        """Takes one call's numbers, of shape (items, COLUMNS); they may still change until the step is over."""
+        # Not the items: their gradients and directions are to be freed.
+        self.calls.append(Call([item.param for item in items], [item.settings for item in items], scales, numbers))
+
+
 class Kernel(Protocol):
     """The operations over lists of items. ``cache`` is the optimizer's own: a kernel may keep its tables there."""
 
@@ -54,7 +86,7 @@ class Kernel(Protocol):
         """Why it cannot run a rule on (param, grad, states); None if it can. ``rule`` None: apply, (param, u)."""
 
     def update(
-        self, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool
+        self, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool
     ) -> None:
         """One step of an element-wise rule: direction, decay, apply.
 
@@ -71,7 +103,7 @@ class Kernel(Protocol):
         items: Sequence[Item],
         directions: Sequence[Tensor],
         scales: Sequence[float],
-        count: DecayCount | None,
+        sums: Sums | None,
         cache: dict[Any, Any],
     ) -> None:
         """Decay, and apply directions that are known; ``grad`` and ``buffers`` of the items are not looked at."""

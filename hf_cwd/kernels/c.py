@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import build
-from hf_cwd.kernels.base import Item, Row, row
+from hf_cwd.kernels.base import COLUMNS, Item, Row, Sums, row
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -30,10 +29,10 @@ OPERATIONS = {adamw.direction: ADAMW, lion.direction: LION, sgd.direction: MOMEN
 
 class _Job(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("op", "x", "g", "m", "v", "count", "level", "threads")),
+        *((name, ctypes.c_int) for name in ("op", "x", "g", "m", "v", "sum", "level", "threads")),
         ("tensors", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("tensor", "rows")),
-        *((name, ctypes.c_int64) for name in ("next", "counted")),
+        *((name, ctypes.c_void_p) for name in ("tensor", "rows", "sums")),
+        ("next", ctypes.c_int64),
     )
 
 
@@ -114,11 +113,11 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 def update(
-    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
 ) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
     del cache
-    _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], count)
+    _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], sums)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
@@ -131,13 +130,13 @@ def apply(
     items: Sequence[Item],
     directions: Sequence[Tensor],
     scales: Sequence[float],
-    count: DecayCount | None,
+    sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
     del cache
     known = (replace(item, buffers=()) for item in items)
-    _run(APPLY, None, list(zip(known, directions, scales, strict=True)), count)
+    _run(APPLY, None, list(zip(known, directions, scales, strict=True)), sums)
 
 
 def floor(items: Sequence[Item]) -> None:
@@ -146,7 +145,7 @@ def floor(items: Sequence[Item]) -> None:
     _run(op, None, [(item, item.grad, 1.0) for item in items], None)
 
 
-def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]], count: DecayCount | None) -> None:
+def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]], sums: Sums | None) -> None:
     """One operation on ``(item, gradient or known direction, scale)``: one call for each combination of dtypes.
 
     The tables are made anew each step: that takes no longer than to compare every address with those of the last one.
@@ -154,6 +153,7 @@ def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]]
     numbers: list[Row] = []
     indices: dict[Any, int] = {}
     tables: dict[Any, list[int]] = {}
+    summed: dict[Any, list[tuple[Item, float]]] = {}
     for item, second, scale in works:
         param, buffers, remainder = item.param, item.buffers, item.remainder
         index = indices.setdefault((id(item.settings), item.step, scale), len(numbers))
@@ -174,23 +174,33 @@ def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]]
                 0,
             )
         )
-        if count is not None and numbers[index].decays:
-            count.total += numel
+        if sums is not None:
+            summed.setdefault(dtypes, []).append((item, scale))
     rows = array("f", (number for made in numbers for number in made))
-    for (param_dtype, second_dtype, states, is_master), table in tables.items():
-        tensors = array("q", table)
+    for dtypes, table in tables.items():
+        (param_dtype, second_dtype, states, is_master), tensors = dtypes, array("q", table)
+        found = None if sums is None else _room(summed[dtypes])
         job = _Job(
             op if states else APPLY,  # without a buffer the direction is the gradient
             MASTER if is_master else DTYPES[param_dtype],
             DTYPES[second_dtype],
             *([DTYPES[t] for t in states] + [0, 0])[:2],
-            count is not None,
+            found is not None,
             _level(),
             threads(),
             len(tensors) // 8,
             tensors.buffer_info()[0],
             rows.buffer_info()[0],
+            None if found is None else found.data_ptr(),
         )
         _load().cwd_run(ctypes.byref(job), _openmp())
-        if count is not None:
-            count.decayed = count.decayed + job.counted
+        if sums is not None:
+            items, scales = zip(*summed[dtypes], strict=True)
+            sums.add(items, scales, found[: len(items)].clone())
+
+
+def _room(works: Sequence[tuple[Item, float]]) -> Tensor:
+    """Memory for the sums of each item, and of each chunk behind them."""
+    chunk = ctypes.c_int.in_dll(_load(), "cwd_chunk").value
+    chunks = sum(-(-item.param.numel() // chunk) for item, _ in works)
+    return torch.empty(len(works) + chunks, COLUMNS, dtype=torch.float64)

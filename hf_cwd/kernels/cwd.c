@@ -17,6 +17,8 @@ enum { F32, BF16, F16, MASTER }; /* MASTER: bf16 and an int16 remainder, which a
 #define STAGE 1024  /* elements that are widened to fp32 at a time: four such stages fit a level 1 cache */
 #define BLOCK 32    /* elements between prefetches, */
 #define AHEAD 512   /* and how far ahead they reach */
+#define FLUSH 64    /* blocks whose sums are kept in fp32, each element's place in a block for itself */
+#define COLUMNS 4   /* of sums: decayed elements, u^2, x^2, decayed x^2 */
 
 /* kernels/base.py has the meaning of each; the order is its own. */
 typedef struct {
@@ -31,12 +33,18 @@ typedef struct {
 } Tensor;
 
 typedef struct {
-    int op, x, g, m, v, count, level, threads; /* x, g, m, v: dtypes */
+    int op, x, g, m, v, sum, level, threads; /* x, g, m, v: dtypes */
     int64_t tensors;
     Tensor *tensor;
     const Row *rows;
-    int64_t next, counted; /* shared by the threads, zero at first */
+    double *sums; /* COLUMNS for each tensor, then room for as many for each chunk; not looked at without sum */
+    int64_t next; /* shared by the threads, zero at first */
 } Job;
+
+/* Sums over elements, before they are added up. */
+typedef struct {
+    float decayed[BLOCK], update[BLOCK], weight[BLOCK], among[BLOCK];
+} Lanes;
 
 /* ---- numbers ---- */
 
@@ -137,12 +145,12 @@ ALWAYS_INLINE float momentum(const Row *r, float g, float *m) {
 }
 
 /* THE mask, in this language: signs of u and x, never their product. Then the decay, then the update. */
-ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
+ALWAYS_INLINE float applied(const Row *r, float x, float u, int *decayed) {
     uint32_t differ = (uint32_t)((int32_t)(bits(u) ^ bits(x)) >> 31);
     float known = number((bits(r->opposed) & differ) | (bits(r->aligned) & ~differ));
     int both = (fabsf(u) > 0) & (fabsf(x) > 0); /* NaN is neither */
     float coefficient = both ? known : r->neither;
-    *decayed += (r->decays != 0) & (bits(coefficient) != 0x80000000);
+    *decayed = (r->decays != 0) & (bits(coefficient) != 0x80000000);
     return fmaf(r->rate, u, r->decays != 0 ? fmaf(coefficient, x, x) : x);
 }
 
@@ -153,13 +161,19 @@ ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
     CASE(ADAMW, F32, F32, F32, F32, 0)                                                                                 \
     CASE(ADAMW, F32, F32, F32, F32, 1)                                                                                 \
     CASE(ADAMW, BF16, BF16, F32, F32, 0)                                                                               \
+    CASE(ADAMW, BF16, BF16, F32, F32, 1)                                                                               \
     CASE(ADAMW, MASTER, BF16, F32, F32, 0)                                                                             \
+    CASE(ADAMW, MASTER, BF16, F32, F32, 1)                                                                             \
     CASE(ADAMW, BF16, BF16, BF16, BF16, 0)                                                                             \
+    CASE(ADAMW, BF16, BF16, BF16, BF16, 1)                                                                             \
     CASE(LION, F32, F32, F32, F32, 0)                                                                                  \
     CASE(LION, F32, F32, F32, F32, 1)                                                                                  \
     CASE(LION, BF16, BF16, F32, F32, 0)                                                                                \
+    CASE(LION, BF16, BF16, F32, F32, 1)                                                                                \
     CASE(LION, MASTER, BF16, F32, F32, 0)                                                                              \
+    CASE(LION, MASTER, BF16, F32, F32, 1)                                                                              \
     CASE(LION, BF16, BF16, BF16, F32, 0)                                                                               \
+    CASE(LION, BF16, BF16, BF16, F32, 1)                                                                               \
     CASE(MOMENTUM, F32, F32, F32, F32, 0)                                                                              \
     CASE(MOMENTUM, F32, F32, F32, F32, 1)                                                                              \
     CASE(DIRECTIONS, F32, F32, F32, F32, 0)                                                                            \
@@ -169,7 +183,7 @@ ALWAYS_INLINE float applied(const Row *r, float x, float u, int32_t *decayed) {
     CASE(FLOOR4, BF16, BF16, F32, F32, 0)                                                                              \
     CASE(FLOOR4, MASTER, BF16, F32, F32, 0)                                                                            \
     CASE(FLOOR3, F32, F32, F32, F32, 0)
-#define KEY(op, x, g, m, v, count) ((((((op)*4 + (x)) * 4 + (g)) * 4 + (m)) * 4 + (v)) * 2 + (count))
+#define KEY(op, x, g, m, v, sum) ((((((op)*4 + (x)) * 4 + (g)) * 4 + (m)) * 4 + (v)) * 2 + (sum))
 
 ALWAYS_INLINE Tensor from(const Job *job, Tensor t, int64_t at) {
     static const int SIZE[] = {[F32] = 4, [BF16] = 2, [F16] = 2, [MASTER] = 2};
@@ -181,7 +195,7 @@ ALWAYS_INLINE Tensor from(const Job *job, Tensor t, int64_t at) {
     return t;
 }
 
-typedef int32_t Run(const Job *, Tensor, int64_t, const Row *);
+typedef void Run(const Job *, Tensor, int64_t, const Row *, double *);
 
 #define LEVEL(name) name##_baseline
 #define TARGET
@@ -231,18 +245,30 @@ static void work(void *argument) {
     Job *job = argument;
     const Tensor *t = job->tensor;
     int64_t all = t[job->tensors - 1].chunks, next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
-    int64_t counted = 0, before = 0;
+    int64_t before = 0;
     while (next < all) {
         int64_t take = 1 + (all - next) / (8 * job->threads), end = next + take;
         if (!__atomic_compare_exchange_n(&job->next, &next, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
         for (; next < end; next++) {
             for (; t->chunks <= next; t++) before = t->chunks;
             int64_t at = (next - before) * CHUNK, rest = t->numel - at;
-            counted += RUN[job->level](job, from(job, *t, at), rest < CHUNK ? rest : CHUNK, &job->rows[t->row]);
+            double *sums = job->sum ? job->sums + (job->tensors + next) * COLUMNS : 0;
+            RUN[job->level](job, from(job, *t, at), rest < CHUNK ? rest : CHUNK, &job->rows[t->row], sums);
         }
         next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
     }
-    __atomic_fetch_add(&job->counted, counted, __ATOMIC_RELAXED);
+}
+
+/* The sums of chunks, added up for each tensor in their order: the same whoever took which chunk. */
+static void add_up(Job *job) {
+    const double *from = job->sums + job->tensors * COLUMNS;
+    int64_t chunk = 0;
+    for (int64_t t = 0; t < job->tensors; t++) {
+        double *to = job->sums + t * COLUMNS;
+        memset(to, 0, COLUMNS * sizeof *to);
+        for (; chunk < job->tensor[t].chunks; chunk++)
+            for (int c = 0; c < COLUMNS; c++) to[c] += from[chunk * COLUMNS + c];
+    }
 }
 
 const int cwd_chunk = CHUNK;
@@ -259,4 +285,5 @@ void cwd_run(Job *job, void (*team)(void (*)(void *), void *, unsigned, unsigned
         team(work, job, (unsigned)job->threads, 0);
     else if (elements)
         work(job);
+    if (job->sum) add_up(job);
 }

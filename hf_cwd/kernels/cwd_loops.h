@@ -1,17 +1,18 @@
 /* The loops of cwd.c for one instruction set: LEVEL(name) is a function's name in it, TARGET its attribute. */
 
-/* Elements begin .. end, for every rule and dtype: the first six arguments are constants where it is called. */
-ALWAYS_INLINE TARGET int32_t LEVEL(span)(int op, int x_type, int g_type, int m_type, int v_type, int count,
-                                         const Tensor *t, int64_t begin, int64_t end, const Row *r) {
+/* Elements begin .. end, no more than BLOCK, for every rule and dtype: the first six arguments are constants where it is
+ * called. */
+ALWAYS_INLINE TARGET void LEVEL(span)(int op, int x_type, int g_type, int m_type, int v_type, int sum, const Tensor *t,
+                                      int64_t begin, int64_t end, const Row *r, Lanes *lanes) {
     const int has_m = op != APPLY, has_v = op == ADAMW || op == FLOOR4;
-    int32_t decayed = 0;
-#pragma omp simd reduction(+ : decayed)
+#pragma omp simd
     for (int64_t i = begin; i < end; i++) {
         float g = r->grad_scale * load(g_type, t->g, 0, i), u = g, x = 0, m = 0, v = 0;
-        int32_t is_decayed = 0;
+        int decayed = 0;
         if (op != DIRECTIONS) x = load(x_type, t->x, t->remainder, i);
         if (has_m) m = load(m_type, t->m, 0, i);
         if (has_v) v = load(v_type, t->v, 0, i);
+        float before = x;
         switch (op) {
         case ADAMW: u = adamw(r, g, &m, &v); break;
         case LION: u = lion(r, g, &m); break;
@@ -22,23 +23,39 @@ ALWAYS_INLINE TARGET int32_t LEVEL(span)(int op, int x_type, int g_type, int m_t
         case DIRECTIONS: x = u; break;
         case FLOOR4: v += g; /* fall through */
         case FLOOR3: m += g, x += g; break;
-        default: x = applied(r, x, u, &is_decayed);
+        default: x = applied(r, x, u, &decayed);
         }
         store(x_type, t->x, t->remainder, i, x);
         if (has_m) store(m_type, t->m, 0, i, m);
         if (has_v) store(v_type, t->v, 0, i, v);
-        if (count) decayed += is_decayed;
+        if (sum) {
+            float among = number(bits(before) & -(uint32_t)decayed); /* 0 where it is not decayed, also of infinity */
+            lanes->decayed[i - begin] += (float)decayed;
+            float poison = (m - m) + (v - v); /* NaN where a state is not finite: u can be 0 there for ever */
+            lanes->update[i - begin] = fmaf(u, u, lanes->update[i - begin]) + poison;
+            lanes->weight[i - begin] = fmaf(before, before, lanes->weight[i - begin]);
+            lanes->among[i - begin] = fmaf(among, among, lanes->among[i - begin]);
+        }
     }
-    return decayed;
+}
+
+static TARGET void LEVEL(flush)(Lanes *lanes, double *sums) {
+    for (int i = 0; i < BLOCK; i++) {
+        sums[0] += lanes->decayed[i];
+        sums[1] += lanes->update[i];
+        sums[2] += lanes->weight[i];
+        sums[3] += lanes->among[i];
+    }
+    memset(lanes, 0, sizeof *lanes);
 }
 
 /* A few cache lines of each stream at a time, and those that come AHEAD later are asked for. With several streams the
  * processor by itself does that less well: 7 % of AdamW's time in one thread of a Zen 5, nothing where memory is the
  * limit. */
-ALWAYS_INLINE TARGET int32_t LEVEL(loop)(int op, int x_type, int g_type, int m_type, int v_type, int count, Tensor t,
-                                         int64_t n, const Row *row) {
+ALWAYS_INLINE TARGET void LEVEL(loop)(int op, int x_type, int g_type, int m_type, int v_type, int sum, Tensor t,
+                                      int64_t n, const Row *row, double *sums) {
     const Row r = *row;
-    int32_t decayed = 0;
+    Lanes lanes = {0};
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
         prefetch(x_type, t.x, i + AHEAD);
@@ -46,19 +63,21 @@ ALWAYS_INLINE TARGET int32_t LEVEL(loop)(int op, int x_type, int g_type, int m_t
         if (op != APPLY) prefetch(m_type, t.m, i + AHEAD);
         if (op == ADAMW || op == FLOOR4) prefetch(v_type, t.v, i + AHEAD);
         if (x_type == MASTER) prefetch(MASTER, t.remainder, i + AHEAD);
-        decayed += LEVEL(span)(op, x_type, g_type, m_type, v_type, count, &t, i, i + BLOCK, &r);
+        LEVEL(span)(op, x_type, g_type, m_type, v_type, sum, &t, i, i + BLOCK, &r, &lanes);
+        if (sum && (i / BLOCK + 1) % FLUSH == 0) LEVEL(flush)(&lanes, sums);
     }
-    return decayed + LEVEL(span)(op, x_type, g_type, m_type, v_type, count, &t, i, n, &r);
+    LEVEL(span)(op, x_type, g_type, m_type, v_type, sum, &t, i, n, &r, &lanes);
+    if (sum) LEVEL(flush)(&lanes, sums);
 }
 
-/* The loop of common combinations, and of everything in fp32; -1 if there is none. */
-static TARGET int32_t LEVEL(direct)(const Job *job, Tensor t, int64_t n, const Row *row) {
-    switch (KEY(job->op, job->x, job->g, job->m, job->v, job->count)) {
-#define CASE(op, x, g, m, v, count)                                                                                    \
-    case KEY(op, x, g, m, v, count): return LEVEL(loop)(op, x, g, m, v, count, t, n, row);
+/* The loop of common combinations, and of everything in fp32; 0 if there is none. */
+static TARGET int LEVEL(direct)(const Job *job, Tensor t, int64_t n, const Row *row, double *sums) {
+    switch (KEY(job->op, job->x, job->g, job->m, job->v, job->sum)) {
+#define CASE(op, x, g, m, v, sum)                                                                                      \
+    case KEY(op, x, g, m, v, sum): LEVEL(loop)(op, x, g, m, v, sum, t, n, row, sums); return 1;
         COMBINATIONS(CASE)
 #undef CASE
-    default: return -1;
+    default: return 0;
     }
 }
 
@@ -91,7 +110,7 @@ static TARGET void LEVEL(narrow)(int dtype, char *to, char *remainder, int64_t n
 }
 
 /* Any other combination: blocks are widened to fp32, stepped there, and narrowed. */
-static TARGET int32_t LEVEL(staged)(const Job *job, Tensor t, int64_t n, const Row *row) {
+static TARGET void LEVEL(staged)(const Job *job, Tensor t, int64_t n, const Row *row, double *sums) {
     float stage[4][STAGE];
     Job wide = *job;
     Tensor w = t;
@@ -101,19 +120,16 @@ static TARGET int32_t LEVEL(staged)(const Job *job, Tensor t, int64_t n, const R
     w.g = LEVEL(widen)(job->g, t.g, 0, n, stage[1]);
     if (t.m) w.m = LEVEL(widen)(job->m, t.m, 0, n, stage[2]);
     if (t.v) w.v = LEVEL(widen)(job->v, t.v, 0, n, stage[3]);
-    int32_t decayed = LEVEL(direct)(&wide, w, n, row);
+    LEVEL(direct)(&wide, w, n, row, sums);
     LEVEL(narrow)(job->x, t.x, t.remainder, n, stage[0]);
     if (t.m) LEVEL(narrow)(job->m, t.m, 0, n, stage[2]);
     if (t.v) LEVEL(narrow)(job->v, t.v, 0, n, stage[3]);
-    return decayed;
 }
 
-/* A chunk of a tensor. */
-static TARGET int32_t LEVEL(run)(const Job *job, Tensor t, int64_t n, const Row *row) {
-    int32_t decayed = LEVEL(direct)(job, t, n, row);
-    if (decayed >= 0) return decayed;
-    decayed = 0;
+/* A chunk of a tensor; its sums, if they are asked for, are set. */
+static TARGET void LEVEL(run)(const Job *job, Tensor t, int64_t n, const Row *row, double *sums) {
+    if (sums) memset(sums, 0, COLUMNS * sizeof *sums);
+    if (LEVEL(direct)(job, t, n, row, sums)) return;
     for (int64_t at = 0; at < n; at += STAGE)
-        decayed += LEVEL(staged)(job, from(job, t, at), n - at < STAGE ? n - at : STAGE, row);
-    return decayed;
+        LEVEL(staged)(job, from(job, t, at), n - at < STAGE ? n - at : STAGE, row, sums);
 }

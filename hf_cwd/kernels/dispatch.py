@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import c, eager, triton
-from hf_cwd.kernels.base import Item
+from hf_cwd.kernels.base import Item, Sums
 from hf_cwd.rules.base import Rule
 
 KERNELS: dict[str, ModuleType] = {"eager": eager, "c": c, "triton": triton}
@@ -48,7 +47,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 
 def update(
-    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
 ) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`; each item by its kernel."""
     place = ("kernels", rule)
@@ -59,7 +58,7 @@ def update(
         own = set(map(id, items))
         cache[place] = found if all(id(item) in own for some in found.values() for item in some) else None
     for kernel, some in found.items():
-        kernel.update(rule, some, count, cache, steady=steady)
+        kernel.update(rule, some, sums, cache, steady=steady)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
@@ -72,7 +71,7 @@ def apply(
     items: Sequence[Item],
     directions: Sequence[Tensor],
     scales: Sequence[float],
-    count: DecayCount | None,
+    sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
     """Decay, and apply directions that are known and contiguous."""
@@ -80,7 +79,7 @@ def apply(
     for kernel, some in _by_kernel(None, known).items():
         chosen = [position for position, _ in some]
         kernel.apply(
-            [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], count, cache
+            [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], sums, cache
         )
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd import decay
-from hf_cwd.decay import DecayCount
-from hf_cwd.kernels.base import Item, Settings, joined, split
+from hf_cwd.kernels.base import COLUMNS, Item, Sums, joined, split
 from hf_cwd.rules.base import Rule
 
 # Elements in a block. On a CPU a few fp32 blocks stay in cache and are large enough to be shared among threads;
@@ -35,16 +34,18 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 def update(
-    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
 ) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
     del cache, steady
     for item in items:
-        decaying = _decaying(item.settings, count)
+        decaying = _decaying(item, sums)
         for g, x, remainder, *block in _blocks(item.grad, item.param, item.remainder, *item.buffers):
             number = wide(x.dtype)
             state = [t.to(number) for t in block]
             u = _direction(rule, item, g.to(number), state)
+            if sums is not None:
+                decaying["sums"][1] += sum((t - t).sum() for t in state)  # NaN where a state is not finite
             _narrow(state, block)
             _step(x, u, remainder, **decaying)
 
@@ -64,15 +65,15 @@ def apply(
     items: Sequence[Item],
     directions: Sequence[Tensor],
     scales: Sequence[float],
-    count: DecayCount | None,
+    sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
     """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.base.Kernel`."""
     del cache
     for item, u, scale in zip(items, directions, scales, strict=True):
-        decaying = _decaying(item.settings, count)
+        decaying = _decaying(item, sums, scale)
         for block, x, remainder in _blocks(u, item.param, item.remainder):
-            _step(x, block.to(wide(x.dtype)), remainder, scale=scale, **decaying)
+            _step(x, block.to(wide(x.dtype)), remainder, **decaying)
 
 
 def _direction(rule: Rule, item: Item, grad: Tensor, state: Sequence[Tensor]) -> Tensor:
@@ -80,8 +81,13 @@ def _direction(rule: Rule, item: Item, grad: Tensor, state: Sequence[Tensor]) ->
     return rule.direction(grad, *state, step=item.step, **dict(item.settings.hyper))
 
 
-def _decaying(settings: Settings, count: DecayCount | None) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("lr", "weight_decay", "cautious", "mask")} | {"count": count}
+def _decaying(item: Item, sums: Sums | None, scale: float = 1.0) -> dict[str, Any]:
+    own = None
+    if sums is not None:
+        own = torch.zeros(1, COLUMNS, dtype=torch.float64, device=item.param.device)
+        sums.add([item], [scale], own)
+    given = {name: getattr(item.settings, name) for name in ("lr", "weight_decay", "cautious", "mask")}
+    return given | {"scale": scale, "sums": None if own is None else own[0]}
 
 
 def _step(param: Tensor, direction: Tensor, remainder: Tensor | None, **decaying: Any) -> None:

@@ -21,7 +21,7 @@ from hf_cwd.kernels.base import Item
 from hf_cwd.rules.base import Rule
 
 # As in triton_ops.py, which is not imported here since it needs Triton.
-WORDS, LENGTH, ROW, FIELDS, SOURCES = 8, 6, 7, 16, 8
+WORDS, LENGTH, ROW, FIELDS, SOURCES, PLACES = 8, 6, 7, 16, 8, 64
 ALIGNMENT = 16  # bytes
 LR_KINDS = {torch.float32: 1, torch.float64: 2}
 
@@ -104,16 +104,22 @@ class Launch(NamedTuple):
         aligned: whether all addresses are multiples of 16.
         tensors: their words.
         places: int32 (chunks, 2): a tensor, and a chunk of it.
+        first: how many of the table's tensors stand before these.
     """
 
     dtypes: tuple[torch.dtype, ...]
     aligned: bool
     tensors: Tensor
     places: Tensor
+    first: int
 
 
 class Table:
-    """The table of one layout: what does not change in it, and the ways to what does."""
+    """The table of one layout: what does not change in it, and the ways to what does.
+
+    Attributes:
+        order: the number in the call of each of the table's tensors.
+    """
 
     def __init__(
         self, tasks: Sequence[Sequence[Tensor]], misaligned: Sequence[int], *, block: int, computed: bool
@@ -127,7 +133,7 @@ class Table:
 
         order = [number for members in groups.values() for number in members]
         lengths = torch.tensor([tasks[number][0].numel() for number in order])
-        self._order = torch.tensor(order)
+        self.order, self._order = order, torch.tensor(order)
         # Where the words of addresses are, and which of the call's addresses belong there.
         words = [(place, j) for place, number in enumerate(order) for j in range(len(tasks[number]))]
         self._targets = torch.tensor([place * WORDS + j for place, j in words])
@@ -154,9 +160,10 @@ class Table:
         if self.is_computed:
             self.rows = torch.empty_like(self.rows)
         parts = self.words[:first].view(-1, WORDS).split(self._sizes)
+        firsts = [0, *accumulate(self._sizes[:-1])]
         self.launches = [
-            Launch(*group, tensors, places)
-            for group, tensors, places in zip(self._groups, parts, self._places, strict=True)
+            Launch(*group, tensors, places, first)
+            for group, tensors, places, first in zip(self._groups, parts, self._places, firsts, strict=True)
             if len(places)
         ]
 

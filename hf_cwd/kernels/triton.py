@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import tables
-from hf_cwd.kernels.base import Item
+from hf_cwd.kernels.base import COLUMNS, Item, Sums
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -65,16 +64,16 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 def update(
-    rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any], *, steady: bool = False
+    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
 ) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
-    if steady and _rerun(OPERATIONS[rule.direction], rule, items, count, cache):
+    if steady and _rerun(OPERATIONS[rule.direction], rule, items, sums, cache):
         return
     tasks = [
         (i.param, i.grad, *i.buffers) if i.remainder is None else (i.param, i.grad, *i.buffers, i.remainder)
         for i in items
     ]
-    _run(OPERATIONS[rule.direction], rule, items, tasks, [1.0] * len(items), count, cache)
+    _run(OPERATIONS[rule.direction], rule, items, tasks, [1.0] * len(items), sums, cache)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
@@ -87,7 +86,7 @@ def apply(
     items: Sequence[Item],
     directions: Sequence[Tensor],
     scales: Sequence[float],
-    count: DecayCount | None,
+    sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
     """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.base.Kernel`."""
@@ -95,7 +94,7 @@ def apply(
         (item.param, u) if item.remainder is None else (item.param, u, item.remainder)
         for item, u in zip(items, directions, strict=True)
     ]
-    _run("apply", None, items, tasks, scales, count, cache)
+    _run("apply", None, items, tasks, scales, sums, cache)
 
 
 def _run(
@@ -104,7 +103,7 @@ def _run(
     items: Sequence[Item],
     tasks: Sequence[tuple[Tensor, ...]],
     scales: Sequence[float],
-    count: DecayCount | None,
+    sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
     """Launches an operation on all tasks: x (or the output), the gradient (or the direction), states, remainder."""
@@ -114,17 +113,17 @@ def _run(
     own = cache.setdefault(("triton", operation, device), tables.Tables())
     with _on(device):
         new, capturing = tables.rows(rule, items, scales), _capturing(device)
-        _launches(operation, own.written(tasks, new, block=BLOCK, capturing=capturing), items, count)
+        _launches(operation, own.written(tasks, new, block=BLOCK, capturing=capturing), items, scales, sums)
 
 
-def _rerun(operation: str, rule: Rule, items: Sequence[Item], count: DecayCount | None, cache: dict[Any, Any]) -> bool:
+def _rerun(operation: str, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any]) -> bool:
     """Launches an operation on the tables of the last step, if they are there and fit."""
     device = items[0].param.device
     own = cache.get(("triton", operation, device))
     with _on(device):
         table = None if own is None or _capturing(device) else own.rewritten(rule, items)
         if table is not None:
-            _launches(operation, table, items, count)
+            _launches(operation, table, items, [1.0] * len(items), sums)
     return table is not None
 
 
@@ -136,34 +135,37 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _launches(operation: str, table: tables.Table, items: Sequence[Item], count: DecayCount | None) -> None:
+def _launches(
+    operation: str, table: tables.Table, items: Sequence[Item], scales: Sequence[float], sums: Sums | None
+) -> None:
     if table.is_computed:
         kernels().fill_rows[(table.used,)](table.sources, table.numbers, table.templates, table.rows, **_EXACT)
-    counter = None if count is None else torch.zeros((), dtype=torch.int64, device=table.device)
+    numbers = None
+    if sums is not None:
+        numbers = torch.zeros(len(items), tables.PLACES, COLUMNS, dtype=torch.float64, device=table.device)
     for launch in table.launches:
-        _launch(operation, launch, table.rows, counter)
-    if count is not None:
-        count.decayed = count.decayed + counter
-        count.total += sum(item.param.numel() for item in items if item.settings.weight_decay != 0)
+        _launch(operation, launch, table.rows, numbers)
+    if sums is not None:
+        sums.add([items[k] for k in table.order], [scales[k] for k in table.order], numbers.sum(1))
 
 
 # No contraction of a product and a sum: where one is meant the kernels say so.
 _EXACT = {"enable_fp_fusion": False}
 
 
-def _launch(operation: str, launch: tables.Launch, rows: Tensor, counter: Tensor | None) -> None:
+def _launch(operation: str, launch: tables.Launch, rows: Tensor, numbers: Tensor | None) -> None:
     x, g, *states = launch.dtypes
     remainder = torch.int16 in states
     states = states[: len(states) - remainder]
     kernels().walk[(len(launch.places),)](
-        *(launch.tensors, launch.places, rows, counter),
+        *(launch.tensors, launch.places, rows, None if numbers is None else numbers[launch.first :]),
         OP=operation,
         X=_type(torch.int16 if remainder else x),
         G=_type(g),
         S=_type(states[0] if states else x),
         STATES=len(states),
         REMAINDER=remainder,
-        COUNT=counter is not None,
+        SUM=numbers is not None,
         VECTOR=vector(launch.dtypes) if launch.aligned else 1,
         BLOCK=BLOCK,
         num_warps=WARPS,

@@ -20,6 +20,10 @@ FIELDS = tl.constexpr(16)
 GRAD_SCALE, FIRST_WEIGHT, FIRST_FAR, SECOND_WEIGHT, SECOND_FAR, KEEP, TAKE, ROOT_SCALE = map(tl.constexpr, range(8))
 EPS, DIRECTION_SCALE, OPPOSED, ALIGNED, NEITHER, DECAYS, RATE, FORM = map(tl.constexpr, range(8, 16))
 
+# A tensor's sums have so many places, between which its chunks are spread: one alone would be waited for.
+PLACES = tl.constexpr(64)
+COLUMNS = tl.constexpr(4)
+
 LEAST = tl.constexpr(2.0**-126)  # the smallest normal fp32
 
 # Words that describe what a row takes from the device, see hf_cwd.kernels.tables.
@@ -112,10 +116,10 @@ def _chunk(
     OP: tl.constexpr,
     STATES: tl.constexpr,
     REMAINDER: tl.constexpr,
-    COUNT: tl.constexpr,
+    SUM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One chunk's step; the number of decayed elements, 0 where they are not counted."""
+    """One chunk's step; of its elements how many were decayed, u^2, x^2, and x^2 of the decayed ones, where SUM."""
     g = _load(g_at, valid, MASKED).to(tl.float32)
     if STATES > 0:
         m = _load(m_at, valid, MASKED).to(tl.float32)
@@ -137,19 +141,25 @@ def _chunk(
     if STATES > 0:
         _store(m_at, m.to(m_at.dtype.element_ty), valid, MASKED)
 
-    counted = 0
+    sums = 0, 0.0, 0.0, 0.0
     if OP == "directions":
         _store(x_at, u.to(x_at.dtype.element_ty), valid, MASKED)
     else:
         decayed, coefficient = _decayed(row, x, u)
-        x = tl.fma(tl.load(row + RATE), u, decayed)
-        _narrowed(x_at, remainder_at, x, valid, REMAINDER, MASKED)
-        if COUNT:
+        _narrowed(x_at, remainder_at, tl.fma(tl.load(row + RATE), u, decayed), valid, REMAINDER, MASKED)
+        if SUM:
             among = coefficient != 0
-            if MASKED:
+            if MASKED:  # what lies outside was loaded as 0, and could be decayed, or divided by
                 among = among & valid
-            counted = tl.sum(among.to(tl.int32), 0)
-    return counted
+                u = tl.where(valid, u, 0.0)
+            own = tl.where(among, x, 0.0)
+            squares = u * u
+            if STATES > 0:
+                squares += m - m  # NaN where a state is not finite: u can be 0 there for ever
+            if STATES > 1:
+                squares += v - v
+            sums = tl.sum(among.to(tl.int32), 0), tl.sum(squares, 0), tl.sum(x * x, 0), tl.sum(own * own, 0)
+    return sums
 
 
 @triton.jit
@@ -163,14 +173,14 @@ def walk(
     tensors,
     places,
     rows,
-    counter,
+    sums,
     OP: tl.constexpr,
     X: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     STATES: tl.constexpr,
     REMAINDER: tl.constexpr,
-    COUNT: tl.constexpr,
+    SUM: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -180,7 +190,7 @@ def walk(
         tensors: int64, WORDS for each tensor.
         places: int32, two for each chunk: its tensor, and its number within the tensor.
         rows: float32, FIELDS for each row.
-        counter: int64, receives the number of decayed elements where COUNT; else None.
+        sums: float64, (tensors, PLACES, COLUMNS), to which each chunk's are added where SUM; else None.
         OP: adamw, lion, momentum, directions (the momentum's, into x) or apply (u is g).
         X, G, S: dtypes of x (int16 where there is a REMAINDER), g and the states.
         STATES: how many states there are.
@@ -210,11 +220,19 @@ def walk(
     remainder_at += i
     # Without a mask where it can be: a mask would keep the compiler from 16 bytes at a time.
     if start + BLOCK <= length:
-        counted = _chunk(x_at, g_at, m_at, v_at, remainder_at, row, i, OP, STATES, REMAINDER, COUNT, False)
+        decayed, update, weight, among = _chunk(
+            x_at, g_at, m_at, v_at, remainder_at, row, i, OP, STATES, REMAINDER, SUM, False
+        )
     else:
-        counted = _chunk(x_at, g_at, m_at, v_at, remainder_at, row, i < length, OP, STATES, REMAINDER, COUNT, True)
-    if COUNT:
-        tl.atomic_add(counter, counted.to(tl.int64))
+        decayed, update, weight, among = _chunk(
+            x_at, g_at, m_at, v_at, remainder_at, row, i < length, OP, STATES, REMAINDER, SUM, True
+        )
+    if SUM:
+        to = sums + (tl.load(place).to(tl.int64) * PLACES + tl.load(place + 1) % PLACES) * COLUMNS
+        tl.atomic_add(to, decayed.to(tl.float64), sem="relaxed")
+        tl.atomic_add(to + 1, update.to(tl.float64), sem="relaxed")
+        tl.atomic_add(to + 2, weight.to(tl.float64), sem="relaxed")
+        tl.atomic_add(to + 3, among.to(tl.float64), sem="relaxed")
 
 
 @triton.jit

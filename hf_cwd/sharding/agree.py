@@ -32,11 +32,16 @@ def everybody(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in common.tolist()]
 
 
-def total(numbers: Sequence[int], device: torch.device) -> list[int]:
+def total(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The sum over all ranks of each number."""
-    sums = torch.tensor(numbers, dtype=torch.int64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def world() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def are_copies(params: Sequence[Tensor], device: torch.device) -> list[bool]:

@@ -76,6 +76,7 @@ class Exchange:
         directions: Callable[[Sequence[int], Mapping[int, Tensor]], Sequence[Tensor]],
         apply: Callable[[Sequence[int], Sequence[Tensor]], None],
         meanwhile: Callable[[], None] = lambda: None,
+        look: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         """One step of all matrices. Every rank must call it.
 
@@ -90,6 +91,7 @@ class Exchange:
                 those given to it by source; it is also asked for sources that only other ranks have a gradient for.
             apply: takes those parts orthogonalised; matrices of a layout other than the default are scaled already.
             meanwhile: work that needs no matrix, done while the first round travels.
+            look: is shown every matrix that this rank has orthogonalised, by its job and without its scale.
 
         Raises:
             RuntimeError: another rank ended, or did not join in time; the message names the round.
@@ -129,6 +131,14 @@ class Exchange:
             scale_parts([(of_local(parts[p.source], p), p.scale) for p in arrived])
             end(self.itinerary.ends[k])
 
+        def orthogonalize(batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
+            for batch in batches:
+                result = batch.stage(stacks.pop(batch.jobs[0])).to(batch.dtype)
+                matrices.update(zip(batch.jobs, result, strict=True))
+                for job, matrix in zip(batch.jobs, result, strict=True) if look is not None else ():
+                    if self.plan.entries[self.plan.jobs[job].entry].source not in absent:
+                        look(job, matrix)
+
         def stay(still: Sequence[Round], sources: Sequence[int] = ()) -> None:
             if not still:
                 begin(sources)
@@ -137,7 +147,7 @@ class Exchange:
                 if number == 0:
                     begin(sources, {source: matrices[part.job] for source, part in round_.whole.items()})
                 self._fill(round_, matrices, parts, absent)
-                self._orthogonalize(round_.second, stacks, matrices)
+                orthogonalize(round_.second, stacks, matrices)
                 _keep(round_, matrices, parts, absent)
 
         incoming = gather(0) if rounds else None
@@ -156,14 +166,14 @@ class Exchange:
             arrived = [p for peer in round_.gathered for p in peer if p.source not in absent]
             unpack(incoming.received, [of_matrix(matrices[p.job], p) for p in arrived])
             incoming = None  # frees its buffers before the next ones are made
-            self._orthogonalize(round_.first, stacks, matrices)
+            orthogonalize(round_.first, stacks, matrices)
             if k > 0:
                 finish(k - 1, outgoing)
                 outgoing = None
             if k + 1 < len(rounds):
                 incoming = gather(k + 1)
                 stay(self.itinerary.still[k + 1])
-            self._orthogonalize(round_.second, stacks, matrices)
+            orthogonalize(round_.second, stacks, matrices)
             outgoing = give_back(k, matrices)
             del stacks, matrices
         if rounds:
@@ -243,12 +253,6 @@ class Exchange:
         whole = [(matrices[p.job], parts[source]) for source, p in round_.whole.items() if source not in absent]
         apart = [(matrix, part) for matrix, part in whole if matrix.data_ptr() != part.data_ptr()]
         copy_parts([matrix for matrix, _ in apart], [part.view(matrix.shape) for matrix, part in apart])
-
-    def _orthogonalize(self, batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
-        """Replaces the matrices of these batches by their results."""
-        for batch in batches:
-            result = batch.stage(stacks.pop(batch.jobs[0])).to(batch.dtype)
-            matrices.update(zip(batch.jobs, result, strict=True))
 
 
 def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:

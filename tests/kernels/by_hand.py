@@ -55,6 +55,7 @@ def _case(
     to: Row,
     *,
     count: int = 0,
+    sums: Sequence[float] = (),
     states: Sequence[tuple[Row, Row]] = (),
     remainder: tuple[Row, Row] | None = None,
     dtype: str = "float32",
@@ -63,7 +64,8 @@ def _case(
 ) -> ByHand:
     """``to`` is x after the step, or the direction where ``out`` says its dtype; states and remainders: before, after.
 
-    ``x`` and ``to`` are bits where there is a remainder.
+    ``count``: of decayed elements; ``sums``: of u^2, x^2 and decayed x^2, or nothing. ``x`` and ``to`` are bits where
+    there is a remainder.
     """
     named = {"step": 1, "lr": 0.5, "weight_decay": 0.5, "cautious": True, "mask": "ge", "maximize": False}
     defaults = {} if rule == APPLY else {name: kind.default for name, kind in RULES[rule].hyperparameters.items()}
@@ -81,9 +83,8 @@ def _case(
 
     wide = [(Stored.of(np.array(a), "float32"), Stored.of(np.array(b), "float32")) for a, b in states]
     before, after = (None, None) if remainder is None else (np.array(part, np.int16) for part in remainder)
-    total = 0 if settings.weight_decay == 0 or out else len(x)
     u = np.array(to, np.float32) if out else np.zeros(0, np.float32)
-    result = Result(stored(x if out else to), [b for _, b in wide], after, u, count, total)
+    result = Result(stored(x if out else to), [b for _, b in wide], after, u, None if out else (count, *sums))
     inputs = Given(stored(x), Stored.of(np.array(g), "float32"), [a for a, _ in wide], before)
     types = Dtypes("bfloat16" if remainder else dtype, "float32", remainder=remainder is not None)
     return ByHand(name, rule, (Example(types, settings, inputs, result),), out, counted=out is None)
@@ -94,23 +95,27 @@ X, U = [1, 1, -1, -1, 0, -0.0, 1, 1], [1, -1, 1, -1, 1, 1, 0, -0.0]
 SMALL = 2.0**-8  # half a unit of bfloat16 above 1
 
 CASES = [
-    _case("mask ge", APPLY, X, U, [0.25, 1.5, -1.5, -0.25, -0.5, -0.5, 0.75, 0.75], count=6),
-    _case("mask gt", APPLY, X, U, [0.25, 1.5, -1.5, -0.25, -0.5, -0.5, 1, 1], count=2, mask="gt"),
-    _case("no mask", APPLY, X, U, [0.25, 1.25, -1.25, -0.25, -0.5, -0.5, 0.75, 0.75], count=8, cautious=False),
-    _case("no decay", APPLY, X, U, [0.5, 1.5, -1.5, -0.5, -0.5, -0.5, 1, 1], weight_decay=0.0),
+    _case("mask ge", APPLY, X, U, [0.25, 1.5, -1.5, -0.25, -0.5, -0.5, 0.75, 0.75], count=6, sums=(6, 6, 4)),
+    _case("mask gt", APPLY, X, U, [0.25, 1.5, -1.5, -0.25, -0.5, -0.5, 1, 1], count=2, sums=(6, 6, 2), mask="gt"),
+    _case(
+        *("no mask", APPLY, X, U, [0.25, 1.25, -1.25, -0.25, -0.5, -0.5, 0.75, 0.75]),
+        **{"count": 8, "sums": (6, 6, 6), "cautious": False},
+    ),
+    _case("no decay", APPLY, X, U, [0.5, 1.5, -1.5, -0.5, -0.5, -0.5, 1, 1], sums=(6, 6, 0), weight_decay=0.0),
     # -1/4 * -0 is +0, and +0 + -0 is +0; without a decay -0 stays. Also where the coefficient is -0.
     _case("zeros, decayed", APPLY, [-0.0, 0.0], [0, 0], [0, 0], count=2),
     _case("zeros, not decayed", APPLY, [-0.0, 0.0], [0, 0], [0, 0], mask="gt"),
     _case("zeros, no decay", APPLY, [-0.0, 0.0, -0.0], [0, 0, -0.0], [-0.0, 0, 0], weight_decay=0.0),
     # inf - inf is NaN, -0 * inf too. A NaN has no sign: neither aligned nor opposed.
-    _case("infinity", APPLY, [INF, INF, 1, 1], [1, -1, INF, -INF], [NAN, NAN, -INF, INF], count=2),
+    _case("infinity", APPLY, [INF, INF, 1, 1], [1, -1, INF, -INF], [NAN, NAN, -INF, INF], count=2, sums=(INF,) * 3),
+    _case("infinity, not decayed", APPLY, [INF, 1], [-1, 1], [NAN, 0.25], count=1, sums=(2, INF, 1)),
     _case("infinity, no decay", APPLY, [INF, -INF, -MAX], [1, 1, MAX], [INF, -INF, -INF], weight_decay=0.0),
-    _case("NaN, ge", APPLY, [NAN, 1, -1], [1, NAN, NAN], [NAN, NAN, NAN], count=3),
+    _case("NaN, ge", APPLY, [NAN, 1, -1], [1, NAN, NAN], [NAN, NAN, NAN], count=3, sums=(NAN,) * 3),
     _case("NaN, gt", APPLY, [NAN, 1, -1], [1, NAN, NAN], [NAN, NAN, NAN], count=0, mask="gt"),
     # u * x underflows to 0, but its sign counts. 3/4 is rounded to 1 unit, and half of it, a tie, to 0.
     _case("denormals", APPLY, [TINY, TINY, 4 * TINY], [TINY, -TINY, TINY], [0, 2 * TINY, 2 * TINY], count=2, mask="gt"),
     # The decay takes lr, not lr * scale.
-    _case("scale", APPLY, [1, -1], [1, 1], [0.75 - 1, -2], count=1, scale=2.0),
+    _case("scale", APPLY, [1, -1], [1, 1], [0.75 - 1, -2], count=1, sums=(2, 2, 1), scale=2.0),
     # (1 + 2^-12)^2 = 1 + 2^-11 + 2^-24 would be rounded to 1 + 2^-11.
     _case("fused", APPLY, [1 + 2**-11], [1 + 2**-12], [-(2**-24)], lr=1 + 2**-12, weight_decay=0.0),
     _case(
@@ -136,18 +141,29 @@ CASES = [
     _case(
         *("lion", "lion", [1] * 6, [1, -1, 0, -0.0, 1, -1], [0.25, 1.5, 0.75, 0.75, 0.75, 0.75]),
         **{"states": [([1, -1, 0, -0.0, NAN, 1], [1, -1, 0, -0.0, NAN, -0.5])], "betas": (0.5, 0.25), "count": 5},
+        sums=(NAN, 6, 5),
     ),
     # m = 2, v = 4, u = 2 / (sqrt(4) * 2 + 4) * 2 = 1/2.
     _case(
         *("adamw", "adamw", [1, -1], [4, 4], [0.5, -1.25]),
         **{"states": [([0, 0], [2, 2]), ([0, 0], [4, 4])], "betas": (0.5, 0.75), "eps": 4.0, "count": 1},
+        sums=(0.5, 2, 1),
+    ),
+    # An infinite v makes u 0, for ever.
+    _case(
+        *("adamw, infinite v", "adamw", [1], [0], [0.75]),
+        **{"states": [([0], [0]), ([INF], [INF])], "betas": (0.5, 0.75), "eps": 4.0, "count": 1, "sums": (NAN, 1, 1)},
+    ),
+    _case(
+        *("lion, finite", "lion", [1, 1], [1, -1], [0.25, 1.5]),
+        **{"states": [([1, -1], [1, -1])], "betas": (0.5, 0.25), "count": 1, "sums": (2, 2, 1)},
     ),
     _case(
         *("adamw, maximize", "adamw", [1, -1], [4, 4], [1.25, -0.5]),
         **{"states": [([0, 0], [-2, -2]), ([0, 0], [4, 4])], "betas": (0.5, 0.75), "eps": 4.0, "count": 1},
         maximize=True,
     ),
-    _case("sgd", "sgd", [8, -8], [2, 2], [5, -9], count=1),
+    _case("sgd", "sgd", [8, -8], [2, 2], [5, -9], count=1, sums=(8, 128, 64)),
     _case(
         *("sgd, first step", "sgd", [8], [2], [5]),
         **{"states": [([7], [2])], "momentum": 0.5, "dampening": 0.5, "count": 1},

@@ -53,9 +53,9 @@ class Followed:
         self.grad = placed(grad, self.offset)
         named = {name: getattr(self.settings, name) for name in ("lr", "weight_decay", "cautious", "mask", "maximize")}
         given = arithmetic.Settings(dict(self.settings.hyper), self.steps, **named)
-        u, self.right_states = arithmetic.directed(self.rule, grad, self.right_states, given)
-        result = arithmetic.stepped(self.right, None, u, self.right_states, given)
-        self.right, self.decayed = result.param, result.decayed
+        u, self.right_states, finite = arithmetic.directed(self.rule, grad, self.right_states, given)
+        result = arithmetic.stepped(self.right, None, u, self.right_states, given, finite)
+        self.right, self.sums = result.param, result.sums
         return base.Item(self.param, self.grad, self.states, None, self.steps, self.settings)
 
     def problems(self, name: Any = "") -> Iterator[str]:

@@ -114,7 +114,7 @@ class Case:
     Attributes:
         rule: its name, or ``"apply"``.
         out: dtype's name of the directions that a rule for matrices gives.
-        counted: the call gets a DecayCount.
+        counted: the call sums up.
         calls: calls in a row on the same tensors, each a step further and with half the learning rate.
     """
 
@@ -145,13 +145,13 @@ def _steps(rule: str, parameter: Parameter, calls: int, more: dict[str, Root]) -
     for call in range(calls):
         settings = at_call(parameter.settings, call)
         if rule == APPLY:
-            u = numbers.grad.wide
+            u, finite = numbers.grad.wide, True
         else:
-            u, states = arithmetic.directed(rule, numbers.grad, states, settings, **more)
+            u, states, finite = arithmetic.directed(rule, numbers.grad, states, settings, **more)
         if rule != APPLY and RULES[rule].matrix is not None:
-            result = Result(param, states, remainder, u, 0, 0)
+            result = Result(param, states, remainder, u, None)
         else:
-            result = arithmetic.stepped(param, remainder, u, states, settings)
+            result = arithmetic.stepped(param, remainder, u, states, settings, finite)
         param, remainder = result.param, result.remainder
     return result
 
@@ -203,7 +203,7 @@ def _cases(few: bool) -> Iterator[Case]:
             for number, dtypes in enumerate(every):
                 name = f"{rule} {dtypes}" + (f" to {out}" if out else "")
                 parameters = tuple(_values(rule, dtypes, number, few))
-                # The two variants of a kernel, without and with a count, see the same numbers.
+                # The two variants of a kernel, without and with sums, see the same numbers.
                 for counted in (False,) if matrix else ((number % 2 == 1,) if few else (False, True)):
                     yield Case(name + " counted" * counted, rule, parameters, out, counted)
             tail = f" to {out}" if out else ""

@@ -18,9 +18,8 @@ from unittest import mock
 import pytest
 import torch
 
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import build, c, eager
-from hf_cwd.kernels.base import Item, Settings
+from hf_cwd.kernels.base import Item, Settings, Sums
 from hf_cwd.rules import RULES
 from tests.kernels import truth
 from tests.kernels.table import APPLY, MODES, RATES, Case, Dtypes, Parameter, settings, variations
@@ -86,15 +85,14 @@ MIXED = (5, 3 * CHUNK + 5, 0, CHUNK, 1, 7 * CHUNK + 1, *(40,) * 50, 2 * CHUNK)
 
 
 def _stepped(team: int | None = None) -> list[torch.Tensor]:
-    """A step of many tensors: the numbers, and what was counted."""
-    items, count = _items(MIXED, (_settings(), _settings(weight_decay=0.0))), DecayCount()
+    """A step of many tensors: the numbers, and their sums."""
+    items, sums = _items(MIXED, (_settings(), _settings(weight_decay=0.0))), Sums()
     if team is None:
-        c.update(RULES["adamw"], items, count, {})
+        c.update(RULES["adamw"], items, sums, {})
     else:
         with mock.patch.object(c, "_openmp", return_value=team):
-            c.update(RULES["adamw"], items, count, {})
-    counted = torch.tensor([int(count.decayed), count.total])
-    return [t for item in items for t in (item.param, *item.buffers)] + [counted]
+            c.update(RULES["adamw"], items, sums, {})
+    return [t for item in items for t in (item.param, *item.buffers)] + [call.numbers for call in sums.calls]
 
 
 TEAM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)

@@ -18,7 +18,7 @@ import torch
 from hf_cwd.kernels import base, tables, triton
 from hf_cwd.rules import RULES
 from tests.kernels.followed import settings
-from tests.kernels.triton_compiled import VARIANTS
+from tests.kernels.triton_compiled import SUMMED, VARIANTS
 from tests.kernels.triton_risks import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +92,16 @@ def test_compiled_memory_accesses(compiled, name):
     assert "bar.sync" not in ptx
 
 
+@needs_triton
+def test_compiled_sums(compiled):
+    """They change neither the step's arithmetic nor its memory accesses, and are added in fp64."""
+    plain, summed = compiled[SUMMED], compiled["sums"]
+    for pattern in (r"fma\.rn\.f32", r"div\.rn\.f32", r"ld\.global\.v\d\.b32", r"st\.global\.v\d\.b32"):
+        assert count(pattern, summed) == count(pattern, plain) > 0, pattern
+    assert len(re.findall(r"\b(?:atom|red)\.global\.\S*add\.f64", summed)) == 4
+    assert not re.search(r"\b(?:atom|red)\.", plain)
+
+
 def test_importing_does_not_import_triton():
     code = "import sys, hf_cwd.kernels.triton; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -100,8 +110,9 @@ def test_importing_does_not_import_triton():
 @needs_triton
 def test_the_layouts_of_both_sides_agree():
     ops = triton.kernels()
-    for name in ("WORDS", "LENGTH", "ROW", "FIELDS", "SOURCES"):
+    for name in ("WORDS", "LENGTH", "ROW", "FIELDS", "SOURCES", "PLACES"):
         assert getattr(ops, name).value == getattr(tables, name), name
+    assert ops.COLUMNS.value == base.COLUMNS
     assert [getattr(ops, field.upper()).value for field in base.Row._fields] == list(range(tables.FIELDS))
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.kernels.triton_compiled RESULTS
 
-compiles variants of ``walk`` for sm_90 and writes a JSON file: by variant, the PTX.
+compiles variants of ``walk`` for sm_90 and writes a JSON file: by variant, the PTX; also of SUMMED with its sums.
 """
 
 import json
@@ -28,18 +28,20 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "apply bfloat16": ("apply", F, B, F, 0, False, True),
 }
 
+SUMMED = "adamw bfloat16, states float32"
 
-def ptx(operation: str, x: torch.dtype, g: torch.dtype, s: torch.dtype, states: int, rest: bool, aligned: bool) -> str:
+
+def ptx(variant: tuple[Any, ...], *, sums: bool = False) -> str:
     import triton as compiler
     from triton.backends.compiler import GPUTarget
 
-    walk = triton.kernels().walk
+    (operation, x, g, s, states, rest, aligned), walk = variant, triton.kernels().walk
     constants = {
-        **{"counter": None, "OP": operation, "STATES": states, "REMAINDER": rest, "COUNT": False},
+        **{"OP": operation, "STATES": states, "REMAINDER": rest, "SUM": sums} | ({} if sums else {"sums": None}),
         **{name: triton._type(dtype) for name, dtype in (("X", x), ("G", g), ("S", s))},
         **{"VECTOR": triton.vector((x, g, s)) if aligned else 1, "BLOCK": triton.BLOCK},
     }
-    pointers = {"tensors": "*i64", "places": "*i32", "rows": "*fp32"}
+    pointers = {"tensors": "*i64", "places": "*i32", "rows": "*fp32"} | ({"sums": "*fp64"} if sums else {})
     source = compiler.compiler.ASTSource(
         walk,
         {name: pointers.get(name, "constexpr") for name in walk.arg_names},
@@ -51,4 +53,6 @@ def ptx(operation: str, x: torch.dtype, g: torch.dtype, s: torch.dtype, states: 
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps({name: ptx(*variant) for name, variant in VARIANTS.items()}))
+    found = {name: ptx(variant) for name, variant in VARIANTS.items()}
+    found["sums"] = ptx(VARIANTS[SUMMED], sums=True)
+    Path(sys.argv[1]).write_text(json.dumps(found))

@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import base, tables, triton
 from hf_cwd.rules import RULES
 from tests import steady
@@ -55,8 +55,8 @@ class Recorder:
         return launch
 
 
-def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], count: DecayCount | None = None) -> None:
-    triton.update(RULES[rule], [one.item() for one in followed], count, cache)
+def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], sums: base.Sums | None = None) -> None:
+    triton.update(RULES[rule], [one.item() for one in followed], sums, cache)
 
 
 @case
@@ -74,12 +74,12 @@ def sizes_around_a_chunk() -> Iterator[str]:
 
 @case
 def only_empty_tensors() -> Iterator[str]:
-    count = DecayCount()
-    stepped("adamw", [Followed("adamw", 0, seed=0)], {}, count)
-    triton.update(RULES["adamw"], [], count, {})
+    sums = base.Sums()
+    stepped("adamw", [Followed("adamw", 0, seed=0)], {}, sums)
+    triton.update(RULES["adamw"], [], sums, {})
     triton.directions(RULES["muon"], [], [], {})
-    if (int(count.decayed), count.total) != (0, 0):
-        yield f"{count}"
+    if [call.numbers.tolist() for call in sums.calls] != [[[0.0] * 4]]:
+        yield f"{sums.calls}"
 
 
 @case
@@ -179,16 +179,24 @@ def items_that_are_kept() -> Iterator[str]:
 
 
 @case
-def counts_add_up() -> Iterator[str]:
-    some = [Followed("adamw", 3000, seed=k, dtype=("float32", "bfloat16")[k % 2], offset=k // 2) for k in range(4)]
+def sums_of_each_tensor() -> Iterator[str]:
+    """Also of more chunks than there are places for their sums, and on the tables of the last step."""
+    sizes = (3000, 5, 77, 70 * triton.BLOCK + 3)
+    some = [Followed("adamw", n, seed=n, dtype=d, offset=n % 3) for n in sizes for d in ("float32", "bfloat16")]
     some.append(Followed("adamw", 77, seed=9, weight_decay=0.0))
-    count, cache = DecayCount(), {}
-    right = 0
+    cache: dict[Any, Any] = {}
     for _ in range(2):
-        stepped("adamw", some, cache, count)
-        right += sum(one.decayed for one in some)
-    if (int(count.decayed), count.total) != (right, 24000) or not isinstance(count.decayed, Tensor):
-        yield f"{count}, not {right}"
+        sums = base.Sums()
+        items = [one.item() for one in some]
+        triton.update(RULES["adamw"], items, sums, cache)
+        (call,) = sums.calls
+        places = [[id(item.param) for item in items].index(id(p)) for p in call.params]
+        if sorted(places) != list(range(len(some))):
+            yield f"{len(places)} rows for {len(some)} parameters"
+        for place, row in zip(places, call.numbers.tolist(), strict=True):
+            right = some[place].sums
+            if row[0] != right[0] or not np.allclose(row, right, rtol=4e-6):
+                yield f"parameter {place}: {row}, not {right}"
 
 
 @case
@@ -222,7 +230,7 @@ def offsets_beyond_32_bits() -> Iterator[str]:
             kind = triton._type(dtype)
             ops.walk[(1,)](
                 *(words, torch.tensor([[0, chunk]], dtype=torch.int32), rows, None),
-                **{"OP": "lion", "X": kind, "G": kind, "S": kind, "STATES": 1, "REMAINDER": False, "COUNT": False},
+                **{"OP": "lion", "X": kind, "G": kind, "S": kind, "STATES": 1, "REMAINDER": False, "SUM": False},
                 **{"VECTOR": 1, "BLOCK": block},
             )
             right = block // 2 if chunk == (1 << 33) // block else block

@@ -3,14 +3,13 @@
 Nothing here needs pytest: scripts/gpu_check runs the same table on a GPU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cwd.decay import DecayCount
 from hf_cwd.kernels import base
 from hf_cwd.rules import RULES
 from tests.kernels.table import APPLY, Case, Parameter, at_call, cases
@@ -127,21 +126,19 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
         dtypes = [t.whole.dtype for t in (one.param, one.grad, *one.states)] + ([TORCH[case.out]] if case.out else [])
         if reason := kernel.refusal(rule, tuple(dtypes)):
             return [f"refused: {reason}"]
-    count = DecayCount() if case.counted else None
     outs = []
     if case.out is not None:  # not zeros: an element that is not written is seen
         size = {2: np.uint16, 4: np.uint32}[TORCH[case.out].itemsize]
         outs = [_Placed.of(np.full(one.grad.numel, 0x3A5A, size), case.out, device, 0) for one in tensors]
     for call in range(case.calls):
-        if count is not None:
-            count.decayed, count.total = 0, 0
+        sums = base.Sums() if case.counted else None
         items = [one.item(case.rule, p, call, capturable) for one, p in zip(tensors, case.parameters, strict=True)]
         try:
             if rule is None:
                 scales = [parameter.settings.scale for parameter in case.parameters]
-                kernel.apply(items, [one.grad.view for one in tensors], scales, count, cache)
+                kernel.apply(items, [one.grad.view for one in tensors], scales, sums, cache)
             elif case.out is None:
-                kernel.update(rule, items, count, cache)
+                kernel.update(rule, items, sums, cache)
             else:
                 kernel.directions(rule, items, [out.view for out in outs], cache)
         except Exception as error:  # a case that cannot run is a result, and the others still run
@@ -153,11 +150,26 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
         loose = eager and 0 in (hyper.get("momentum"), *hyper.get("betas", ()))
         wrong = [*_compared(one, right, loose), *(_direction(outs[k], case.out, right, loose) if case.out else ())]
         problems += [f"parameter {k} ({parameter.dtypes}, {parameter.settings}): {text}" for text in wrong]
-    if count is not None:
-        right = (sum(result.decayed for result in expected), sum(result.total for result in expected))
-        if (int(count.decayed), count.total) != right:
-            problems.append(f"count is {int(count.decayed)} of {count.total}, not {right[0]} of {right[1]}")
+    if sums is not None:
+        problems += _summed(sums, items, expected)
     return problems
+
+
+def _summed(sums: base.Sums, items: Sequence[base.Item], expected: Sequence[Result]) -> Iterable[str]:
+    found = {id(p): row for call in sums.calls for p, row in zip(call.params, call.numbers.tolist(), strict=True)}
+    if len(found) != len(items):
+        yield f"sums of {len(found)} parameters"
+    for k, (item, right) in enumerate(zip(items, expected, strict=True)):
+        row = found.get(id(item.param), ())
+        if right.sums is None or not row:
+            continue
+        if row[0] != right.sums[0]:
+            yield f"parameter {k}: count is {row[0]}, not {right.sums[0]}"
+        for name, one, other in zip(("u^2", "x^2", "decayed x^2"), row[1:], right.sums[1:], strict=False):
+            # Up to 64 numbers are added in float32, in an order of the kernel's own.
+            is_beyond = other > 1e38 and one == np.inf
+            if not is_beyond and not np.isclose(one, other, rtol=4e-6, atol=1e-44, equal_nan=True):
+                yield f"parameter {k}: the sum of {name} is {one}, not {other}"
 
 
 def _compared(one: _Tensors, right: Result, loose: bool) -> Iterable[str]:

@@ -170,28 +170,37 @@ def applied(x: Array, u: Array, settings: Settings) -> Array:
 
 
 class Result(NamedTuple):
-    """What a step leaves. ``u``: the direction as computed, in float32; ``decayed``, ``total``: of the count."""
+    """What a step leaves, and what it saw.
+
+    ``u``: the direction as computed, in float32. ``sums``: the number of decayed elements, and the sums of u^2, of x^2
+    and of the decayed x^2; None where nothing is applied.
+    """
 
     param: Stored
     states: list[Stored]
     remainder: Array | None
     u: Array
-    decayed: int
-    total: int
+    sums: tuple[float, ...] | None
 
 
 def directed(
     rule: str, grad: Stored, states: list[Stored], settings: Settings, **more: Any
-) -> tuple[Array, list[Stored]]:
-    """The direction in float32, and the states as they are stored; ``more`` is passed on to the rule."""
+) -> tuple[Array, list[Stored], bool]:
+    """The direction in float32, the states as they are stored, and whether they were finite before.
+
+    ``more`` is passed on to the rule.
+    """
     with np.errstate(all="ignore"):
         g = -grad.wide if settings.maximize else grad.wide
         u, new = DIRECTIONS[rule](g, [state.wide for state in states], settings.step, **settings.hyper, **more)
-        return u, [Stored.of(values, state.dtype) for values, state in zip(new, states, strict=True)]
+        stored = [Stored.of(values, state.dtype) for values, state in zip(new, states, strict=True)]
+        return u, stored, all(np.isfinite(values).all() for values in new)
 
 
-def stepped(param: Stored, remainder: Array | None, u: Array, states: list[Stored], settings: Settings) -> Result:
-    """Decay and apply a direction, and store."""
+def stepped(
+    param: Stored, remainder: Array | None, u: Array, states: list[Stored], settings: Settings, finite: bool = True
+) -> Result:
+    """Decay and apply a direction, and store; the sum of u^2 is NaN where the states were not finite."""
     with np.errstate(all="ignore"):
         before = param.wide if remainder is None else joined(param.bits, remainder)
         after = applied(before, u, settings)
@@ -200,6 +209,8 @@ def stepped(param: Stored, remainder: Array | None, u: Array, states: list[Store
         else:
             upper, remainder = split(after)
             new = Stored(param.dtype, upper)
-        total = len(u) if settings.weight_decay != 0 else 0
-        count = int(decayed(before, u, settings).sum()) if total else 0
-    return Result(new, states, remainder, u, count, total)
+        among = decayed(before, u, settings) if settings.weight_decay != 0 else np.zeros(before.shape, bool)
+        squares = [values.astype(F) ** 2 for values in (u, before, before[among])]
+        update, *others = (float(values.sum(dtype=np.float64)) for values in squares)
+        sums = (float(among.sum()), update if finite else np.nan, *others)
+    return Result(new, states, remainder, u, sums)

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from hf_cwd import StepStatistics
 from tests.sharding import injected_layouts, injected_tables, injected_traffic
 from tests.sharding.injected_reference import cut, gradients, initial, make, of_matrices, placed, reference_of
 from tests.sharding.injected_scenarios import scenarios
-from tests.sharding.injected_small import local
+from tests.sharding.injected_small import assert_alike, local
 from tests.sharding.injected_tables import PARAMETERS, STEPS
 
 TIMEOUT = 60  # seconds, of the process group
@@ -99,6 +100,7 @@ def run(case, rank, world):
             has = given[name] is not None and given[name][1][rank]
             p.grad = sharded_gradient(p, given[name][0], placed(case.layout)[name][0][rank]) if has else None
         deep = injected_traffic.Operators() if case.pattern == "changing" else contextlib.nullcontext()
+        optimizer.statistics = StepStatistics(sample=step)
         with injected_traffic.Collectives(world) as seen, deep:
             optimizer.step()
         if step and case.pattern == "changing":
@@ -107,7 +109,10 @@ def run(case, rank, world):
     names, moving = of_matrices(case.variant), set()
     if names:
         moving = {names[job.entry] for job in optimizer.exchanges[0].plan.jobs if job.round is not None}
+    found = optimizer.statistics.read()
     reference = reference_of(case, rank, world, moving)
+    if case.pattern != "some_ranks":  # a rank's reference then has that rank's gradients only
+        assert_alike(found, reference.statistics)
     for name, p in params.items():
         elements, one = placed(case.layout)[name][0][rank], reference.params[name]
         assert same(local(p.detach()), cut(one.detach(), elements)), f"{name} differs"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_cwd import CWDOptimizer
+from hf_cwd import CWDOptimizer, StepStatistics
 from hf_cwd.rules import RULES
 from tests.sharding import injected_layouts, injected_traffic
 from tests.sharding.injected_small import dyadic, local
@@ -144,7 +144,9 @@ def reference_of(case, rank, world, moving):
     reference = Reference(case, rank, moving)
     with injected_traffic.Collectives(world) as seen:
         for step in range(STEPS):
+            reference.optimizer.statistics = StepStatistics(sample=step)
             reference.step(gradients(case, step, rank, world))
+        reference.statistics = reference.optimizer.statistics.read()
     assert not seen.calls, f"one process communicated: {dict(seen.calls)}"
     if case.pattern != "some_ranks":
         finished[key] = reference

@@ -1,5 +1,8 @@
 """Three small matrices, for what needs no table."""
 
+from dataclasses import astuple
+
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -53,3 +56,12 @@ def assert_same(params, others):
 
 def whole(params):
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params.items()}
+
+
+def assert_alike(found, wanted):
+    """Statistics of ranks and of one process: sums of float32 squares in another order."""
+    assert len(found.groups) == len(wanted.groups)
+    for ours, theirs in zip(found.groups, wanted.groups, strict=True):
+        np.testing.assert_allclose(astuple(ours), astuple(theirs), rtol=2e-6)
+    errors = [np.nan if one.orthogonality_error is None else one.orthogonality_error for one in (found, wanted)]
+    np.testing.assert_allclose(*errors, rtol=1e-5)

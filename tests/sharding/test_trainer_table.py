@@ -18,6 +18,7 @@ CASES = [case for world, deepspeed in LAUNCHES for case in layouts.cases(world, 
 # than that: lr * 1e-9 a step. In float32 it is about 1e-9, and divided by the eps of 1e-4 that these cases set.
 LARGEST_DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 NORM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative: some roundings of a sum over all elements
+FIGURES_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # cwd/* in the log: EXCEPTIONS count there too
 # The share of elements that may differ by more: their direction is within rounding of zero, so that its sign, which
 # Lion takes and every mask depends on, may differ. None does in float64.
 EXCEPTIONS = {torch.float64: 0.0, torch.float32: 1e-4}
@@ -110,6 +111,9 @@ def test_equals_one_process(table, case):
             assert rank[norms] == pytest.approx(one[norms], rel=tolerance)
             assert len(rank[norms]) == STEPS
         assert rank["weights"].keys() == one["weights"].keys()
+        assert len(rank["figures"]) == STEPS
+        for ours, wanted in zip(rank["figures"], one["figures"], strict=True):
+            assert ours == pytest.approx(wanted, rel=0.3 if coarse else FIGURES_TOLERANCE[dtype])
         if coarse:
             # Gradients rounded to bfloat16 on their way move elements whose gradient nearly cancels: a few percent of
             # the way that all went (0.03 here); what lost a shard or a rank would be as far off as the way is long.

@@ -192,6 +192,11 @@ def train(folder, case, output, world, resume=None):
         "batches": trainer.batches,
         "logged_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "applied_norms": norms.norms,
+        "figures": [
+            {key: value for key, value in entry.items() if key.startswith("cwd/")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
         "world_size": args.world_size,
         "linear_dtypes": dtypes,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
-from hf_cwd import CWDOptimizer, DecayCount
+from hf_cwd import CWDOptimizer, StepStatistics
 from hf_cwd.rules import RULES
 from tests.sharding import injected_reference, injected_traffic, zero_refusals
 from tests.sharding.injected_ranks import outcome, same
 from tests.sharding.injected_reference import initial, of_matrices
-from tests.sharding.injected_small import dyadic
+from tests.sharding.injected_small import assert_alike, dyadic
 from tests.sharding.injected_tables import PARAMETERS, STEPS, Variant
 from tests.sharding.zero_tables import CONFIGS, cases
 
@@ -174,8 +174,9 @@ class Reference:
         for step in range(steps):
             for p, g in zip(self.params.values(), gradients(step), strict=True):
                 p.grad = g
-            self.optimizer.decay_count = self.count = DecayCount()
+            self.optimizer.statistics = StepStatistics(sample=step)
             self.optimizer.step()
+        self.statistics = self.optimizer.statistics.read()
 
 
 reference = cache(Reference)
@@ -202,15 +203,13 @@ def run(case, rank, world):
     for step in range(STEPS):
         seen = injected_traffic.Collectives(world)
         share = float(world) if rank == 0 else 0.0
-        optimizer.decay_count = count = DecayCount()
+        optimizer.statistics = statistics = StepStatistics(sample=step)
         engine.backward(engine([g * share for g in gradients(step)]))
         engine.step()
         if step:
             check_traffic(case, optimizer, seen, rank, world)
     one, params = reference(case.variant), engine.module.params()
-    counts = torch.tensor([int(count.decayed), count.total])
-    dist.all_reduce(counts)
-    assert counts.tolist() == [int(one.count.decayed), one.count.total], "padding is not counted"
+    assert_alike(statistics.read(), one.statistics)
     keys = RULES[case.variant.rule].state_keys(one.optimizer.param_groups[0])
     for name, p in params.items():
         wanted, found = one.params[name].detach(), whole(p)

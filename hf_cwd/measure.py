@@ -1,0 +1,265 @@
+"""What one optimizer step did: how much was decayed, how large weights and updates are, over all ranks."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from math import isfinite, nan, prod, sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_cwd.kernels.base import Settings, Sums
+from hf_cwd.origins import Origins
+from hf_cwd.sharding import agree
+from hf_cwd.sharding.dtensor import device, is_dtensor, local, mesh_of
+from hf_cwd.sharding.pieces import Replicate
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the elements of some parameters in one step, each element counted once; x is from before the step.
+
+    Attributes:
+        numel: elements.
+        eligible: those with a weight decay that is not 0.
+        decayed: those that were decayed.
+        weight: sum of x^2.
+        eligible_weight: of the eligible ones.
+        decay: sum of lr * weight_decay * x^2 over the decayed ones.
+        update: sum of (scale*u)^2.
+        change: sum of (lr*scale*u)^2.
+    """
+
+    numel: float = 0.0
+    eligible: float = 0.0
+    decayed: float = 0.0
+    weight: float = 0.0
+    eligible_weight: float = 0.0
+    decay: float = 0.0
+    update: float = 0.0
+    change: float = 0.0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def decayed_fraction(self) -> float:
+        """The paper's mask ratio: of the elements that could be decayed, the share that was."""
+        return _ratio(self.decayed, self.eligible)
+
+    @property
+    def weight_rms(self) -> float:
+        """Root of the mean of x^2."""
+        return sqrt(_ratio(self.weight, self.numel))
+
+    @property
+    def update_rms(self) -> float:
+        """Root of the mean of (scale*u)^2: the update without learning rate and decay."""
+        return sqrt(_ratio(self.update, self.numel))
+
+    @property
+    def update_to_weight(self) -> float:
+        """The norm of the update, with its learning rate and without the decay, over that of the weights."""
+        return sqrt(_ratio(self.change, self.weight))
+
+    @property
+    def effective_decay(self) -> float:
+        """The share of the norm of the eligible weights that the decay took; lr * weight_decay if all are decayed."""
+        return _ratio(self.decay, self.eligible_weight)
+
+    @property
+    def is_finite(self) -> bool:
+        return isfinite(self.weight) and isfinite(self.update)
+
+
+def _ratio(part: float, whole: float) -> float:
+    """NaN where there is nothing to compare with."""
+    return part / whole if whole else nan
+
+
+class Statistics(NamedTuple):
+    """One step's.
+
+    Attributes:
+        groups: of each parameter group; of those without a step all zero.
+        orthogonality_error: ``|O O^T - I|_F / sqrt(rows)`` of one orthogonalised matrix (of its transpose, if it has
+            more rows than columns), which is the root mean square of its squared singular values' distance to 1; None
+            where no rule orthogonalises.
+        not_finite: this rank's parameters in which x, u or a state is not finite, and each in words.
+    """
+
+    groups: list[Totals]
+    orthogonality_error: float | None
+    not_finite: dict[Tensor, str]
+
+    @property
+    def total(self) -> Totals:
+        return sum(self.groups, Totals())
+
+
+class _Owner(NamedTuple):
+    """A parameter of the optimizer, whose memory begins at ``address``.
+
+    ``apart``: each rank has elements of its own of what is no DTensor.
+    """
+
+    address: int
+    group: Mapping[str, Any]
+    number: int  # of the group
+    position: int  # in the group
+    param: Tensor
+    apart: bool
+
+
+class _Settled(NamedTuple):
+    """A call's numbers, and for each row its owner (None where it is empty) and what the numbers are multiplied by."""
+
+    owners: list[_Owner | None]
+    factors: Tensor | Callable[[], Tensor]
+    numbers: Tensor
+
+
+class StepStatistics(Sums):
+    """Collects one step's statistics, in the pass that updates the weights.
+
+    Put a fresh one into ``CWDOptimizer.statistics`` before a step and take it out afterwards; other steps sum up
+    nothing. The kernels leave their sums on the device, so that nothing waits before :meth:`read`.
+
+    Args:
+        sample: stands for the matrix whose orthogonality is measured; equal on all ranks.
+
+    Example:
+        >>> import torch
+        >>> from hf_cwd import CWDAdamW, StepStatistics
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+        >>> x.grad = torch.ones(2)
+        >>> optimizer = CWDAdamW([x], lr=0.1, weight_decay=0.5)
+        >>> optimizer.statistics = StepStatistics()
+        >>> optimizer.step()
+        >>> total = optimizer.statistics.read().total
+        >>> total.decayed_fraction, round(total.weight_rms, 4), round(total.update_rms, 4)
+        (0.5, 3.5355, 1.0)
+        >>> round(total.effective_decay, 6)  # 9 of 9 + 16 are decayed by 0.05
+        0.018
+    """
+
+    def __init__(self, sample: int = 0) -> None:
+        super().__init__()
+        self.sample = sample
+        self._settled: list[_Settled] = []
+        self._matrices: dict[int, list[Tensor]] = {}  # errors by key
+        self._device: torch.device | None = None  # where ranks add up; None where each has all of it
+        self._origins: Origins | None = None
+
+    def settle(self, groups: Sequence[Mapping[str, Any]], origins: Origins, exchange: torch.device | None) -> None:
+        """Finds out whose the numbers of the last calls are. The optimizer does it at the end of each step.
+
+        Args:
+            groups: the parameter groups that were stepped.
+            origins: theirs.
+            exchange: where ranks exchange matrices; None if they do not.
+        """
+        self._origins = origins
+        self._device = self._device or exchange
+        owners = sorted(self._owners(groups, origins), key=lambda owner: owner.address)
+        starts = [owner.address for owner in owners]
+        copies: dict[Any, int] = {}
+        for params, settings, scales, numbers in self.calls:
+            found = [owners[bisect_right(starts, p.data_ptr()) - 1] if p.numel() else None for p in params]
+            shared = self._device is not None
+            held = [_copies(o.param, copies) if shared and o is not None and not o.apart else 1 for o in found]
+            factors = partial(_factors, params, settings, scales, held)
+            # While the device is at work; but a learning rate on the device must not be waited for.
+            waits = any(isinstance(given.lr, Tensor) for given in settings)
+            self._settled.append(_Settled(found, factors if waits else factors(), numbers))
+        self.calls = []
+
+    def _owners(self, groups: Sequence[Mapping[str, Any]], origins: Origins) -> Iterator[_Owner]:
+        for group in groups:
+            number = origins.number(group)
+            for position, p in enumerate(group["params"]):
+                flat = origins.flat(p, group, needed=False)
+                apart = flat is not None or getattr(p, "_fsdp_flattened", False)  # FSDP version 1 marks it so
+                if self._device is None and is_dtensor(p):
+                    self._device = device(p)
+                elif self._device is None and apart:
+                    self._device = p.device if flat is None else flat.device
+                if (part := local(p)).numel():
+                    yield _Owner(part.data_ptr(), group, number, position, p, apart)
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether a step was made."""
+        return bool(self._settled)
+
+    def expect_matrix(self, key: int) -> None:
+        """Says that one of the ranks is going to add the matrix of this key; of several the lowest key is taken."""
+        self._matrices.setdefault(key, [])
+
+    def add_matrix(self, key: int, matrix: Tensor) -> None:
+        """Takes an orthogonalised matrix, without its scale."""
+        o = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        o = o if o.shape[0] <= o.shape[1] else o.T
+        gram = o @ o.T
+        gram.diagonal().sub_(1)
+        self._matrices[key].append(torch.linalg.vector_norm(gram) / sqrt(max(1, len(o))))
+
+    def read(self) -> Statistics:
+        """The statistics. A collective of all ranks where parameters lie in parts, or matrices are shared out."""
+        sums = torch.zeros(len(self._origins or ()), len(fields(Totals)), dtype=torch.float64)
+        not_finite: dict[Tensor, str] = {}
+        for owners, factors, numbers in self._settled:
+            factors, numbers = factors() if callable(factors) else factors, numbers.double().cpu()
+            totals = _totals(*factors[:, 1:].unbind(1), *numbers.unbind(1))
+            if self._device is not None:
+                totals *= factors[:, :1]
+            sums.index_add_(0, torch.tensor([0 if owner is None else owner.number for owner in owners]), totals)
+            if not numbers.isfinite().all():
+                wrong = zip(owners, numbers.isfinite().all(1).tolist(), strict=True)
+                for owner in (owner for owner, fine in wrong if not fine):
+                    not_finite[owner.param] = self._origins.describe(owner.param, owner.position, owner.group)
+        errors = self._matrices[min(self._matrices)] if self._matrices else []
+        flat = [*sums.flatten().tolist(), sum(map(float, errors)), float(len(errors))]
+        if self._device is not None:
+            flat = agree.total(flat, self._device)
+        *flat, error, matrices = flat
+        groups = [Totals(*flat[start : start + sums.shape[1]]) for start in range(0, len(flat), sums.shape[1])]
+        return Statistics(groups, error / matrices if matrices else None, not_finite)
+
+
+def _factors(
+    params: Sequence[Tensor], settings: Sequence[Settings], scales: Sequence[float], copies: Sequence[int]
+) -> Tensor:
+    """For each of a call's rows: its share among its copies, and then the first arguments of :func:`_totals`."""
+    rows = [
+        (1 / held, p.numel(), given.weight_decay != 0, float(given.lr), given.weight_decay, scale)
+        for p, given, scale, held in zip(params, settings, scales, copies, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _totals(
+    numel: Tensor, eligible: Tensor, lr: Tensor, weight_decay: Tensor, scale: Tensor, *numbers: Tensor
+) -> Tensor:
+    """The fields of Totals for each of a call's rows."""
+    decayed, update, weight, among = numbers
+    update = scale.square() * update
+    eligible_weight = weight.where(eligible != 0, 0.0)
+    decay = lr * weight_decay * among
+    return torch.stack(
+        [numel, numel * eligible, decayed, weight, eligible_weight, decay, update, lr.square() * update], 1
+    )
+
+
+def _copies(p: Tensor, known: dict[Any, int]) -> int:
+    """How many ranks hold the same part of a parameter as this one."""
+    if not is_dtensor(p):
+        return agree.world()
+    key = (id(p.device_mesh), p.placements)
+    if key not in known:
+        mesh = mesh_of(p)
+        pairs = zip(mesh.shape, mesh.placements, strict=True)
+        known[key] = prod(size for size, placement in pairs if isinstance(placement, Replicate))
+    return known[key]
