@@ -13,6 +13,7 @@ from typing import Any
 
 import bench_train
 import torch
+from bench_gpu_zero import zero  # noqa: F401  a part as well
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,11 +22,11 @@ Say = Callable[[str, bool | None, str], None]
 SHAPES = [(257, 129), (64, 64), (1000,), (1,), (3, 5, 7)]
 STEPS, WARM_UP = 8, 3
 # Runs of bench_step.py: model, dtype, family, candidates.
-FUSED = ["copy", "cwd_adamw", "cwd_lion"]
+FUSED = ["copy", "cwd_adamw", "cwd_adamw_logged", "cwd_lion", "cwd_lion_logged"]
 MORE = ["torch_adamw_foreach", "cwd_adamw_off", "cwd_adamw_eager", "cwd_adamw_capturable", "cwd_sgd"]
 RUNS = [
     ("gpt2-124m", "fp32", "element-wise", [*FUSED, *MORE]),
-    ("llama-3.2-1b", "bf16", "matrix", ["cwd_muon_bf16", "cwd_muon_standard", "cwd_muon_gram"]),
+    ("llama-3.2-1b", "bf16", "matrix", ["cwd_muon_bf16", "cwd_muon_logged", "cwd_muon_standard", "cwd_muon_gram"]),
     ("300-tensors", "fp32", "element-wise", FUSED),
     ("llama-3.2-1b", "bf16", "element-wise", [*FUSED, "cwd_adamw_remainder"]),
     ("llama-3.2-1b", "fp32", "element-wise", FUSED),
@@ -179,7 +180,7 @@ def _captured(make: Callable[..., Any], *, tensor: bool) -> tuple[bool, str]:
 
 def waiting(say: Say) -> None:
     """No step waits for the GPU."""
-    from hf_cwd import CWDMuon, DecayCount
+    from hf_cwd import CWDMuon, StepStatistics
 
     def muon(device: str) -> tuple[Any, list[Tensor]]:
         routing = lambda groups: [  # noqa: E731
@@ -191,14 +192,14 @@ def waiting(say: Say) -> None:
     for name, make in {**optimizers(), "muon and adamw": muon}.items():
         for counting in (False, True):
             label = f"{name}{', counting' if counting else ''}"
-            attempt(say, label, functools.partial(_not_waiting, make, DecayCount if counting else lambda: None))
+            attempt(say, label, functools.partial(_not_waiting, make, StepStatistics if counting else lambda: None))
 
 
 def _not_waiting(make: Callable[..., Any], count: Callable[[], Any]) -> tuple[bool, str]:
     optimizer, params = make("cuda")
     for step in range(4):  # the first one makes states and tables, and may wait
         new_gradients(params, step)
-        optimizer.decay_count = count()
+        optimizer.statistics = count()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
@@ -288,9 +289,9 @@ def main(part: str, folder: str, seconds: str) -> None:
             file.write(json.dumps({"name": name, "ok": ok, "text": text}) + "\n")
 
     run = globals()[part]
-    if part in ("training", "train"):
+    if part in ("training", "train", "zero"):
         bench_train.quiet()
-    run(say, seconds=float(seconds)) if part in ("step", "train") else run(say)
+    run(say, seconds=float(seconds)) if part in ("step", "train", "zero") else run(say)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """gpu_check without a GPU: what it says, how its parts are run and reported, and what of them runs on a CPU."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ import time
 
 import bench_gpu
 import bench_gpu_parts
+import bench_gpu_zero
 import pytest
 from material import LLAMA
 from transformers import LlamaConfig
 
-from tests.launching import ROOT
+from tests.launching import ROOT, finish, start
 
 # Stands in for the parts: leaves its checks, then ends as its name says.
 PROGRAM = """
@@ -25,6 +27,27 @@ print("last words", flush=True)
 if name == "waiting":
     time.sleep(60)
 sys.exit(3 if name == "training" else 0)
+"""
+# The part zero on a CPU; under DeepSpeed, Muon decays by a tenth less than without it.
+ZERO = """
+import contextlib, json, sys
+import bench_gpu_zero, bench_gpu_zero_run, bench_train
+
+@contextlib.contextmanager
+def then_decaying_less(device):
+    with bench_gpu_zero_run.process_group(device) as join:
+        def join_and_change():
+            join()
+            rate, decay = bench_gpu_zero_run.OPTIMIZERS["cwd_muon"]
+            bench_gpu_zero_run.OPTIMIZERS["cwd_muon"] = rate, 0.9 * decay
+        yield join_and_change
+
+bench_train.quiet()
+bench_gpu_zero.process_group = then_decaying_less
+checks = []
+bench_gpu_zero.zero(lambda *check: checks.append(check), 1000.0, "cpu", **json.loads(sys.argv[2]))
+with open(sys.argv[1], "w") as file:
+    json.dump(checks, file)
 """
 
 
@@ -96,7 +119,7 @@ def test_all_lines_fit():
         assert shown[0].startswith("FAIL")
         assert "more lines are in --json" in shown[-1]
         total += sum(len(line) + 1 for line in shown)
-    assert total < 7500  # and a table of 8 lines
+    assert total < 7500  # and a table of 9 lines
 
 
 def test_parts_exist():
@@ -122,6 +145,32 @@ def test_training_part():
     bench_gpu_parts.training(lambda *check: found.append(check), "cpu", 15, **given)
     assert len(found) == len(bench_gpu_parts.TRAININGS)
     assert [name for name, ok, _ in found if not ok] == [], found
+
+
+def test_zero_part(tmp_path):
+    """In a process of its own, for it joins a group and changes the environment."""
+    (tmp_path / "child.py").write_text(ZERO)
+    given = {"names": ["cwd_adamw", "cwd_muon"], "cases": [("zero2", "fp32"), ("zero3_offload", "bf16")]}
+    given["model"] = {key: value for key, value in LLAMA.items() if key not in ("model_type", "attention_dropout")}
+    arguments = tmp_path / "checks.json", json.dumps(given)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    done = finish(start(tmp_path / "child.py", *arguments, cwd=tmp_path, PYTHONPATH=path))
+    assert (tmp_path / "checks.json").exists(), done.stdout + done.stderr
+    found = {name: (ok, text) for name, ok, text in json.loads((tmp_path / "checks.json").read_text())}
+    assert list(found) == ["without DeepSpeed", "checkpoint", "zero2 fp32", "zero3_offload bf16"]
+    assert found["checkpoint"][0], found
+    assert found["zero3_offload bf16"][0], found
+    ok, text = found["zero2 fp32"]
+    assert not ok
+    assert text.startswith("muon: ValueError: "), text
+    assert "of the way off, more than 5e-03; of the way off: adamw " in text
+
+
+def test_zero_part_without_deepspeed(monkeypatch):
+    monkeypatch.setattr(bench_gpu_zero.importlib.util, "find_spec", lambda name: None)
+    found = []
+    bench_gpu_zero.zero(lambda *check: found.append(check))
+    assert found == [("deepspeed", None, "not installed: nothing to check")]
 
 
 def test_a_check_that_raises_fails_alone():
