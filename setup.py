@@ -43,7 +43,16 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "report": ["matplotlib"],
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
-        "test": ["deepspeed", "gguf", "numpy", "pytest", "ruff", "scikit-learn", "triton; platform_system == 'Linux'"],
+        "test": [
+            "deepspeed",
+            "gguf",
+            "numpy",
+            "optuna",
+            "pytest",
+            "ruff",
+            "scikit-learn",
+            "triton; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["hf-cwd = hf_cwd.cli:main"]},
 )

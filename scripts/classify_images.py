@@ -25,7 +25,6 @@ from run_trainer import count, load_accuracy, run, seed, set_up_logging
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
-from hf_cwd.trainer.callback import DecayedFractionCallback
 
 try:
     from transformers import ViTImageProcessorPil as ViTImageProcessor
@@ -131,7 +130,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         data_collator=collate,
         compute_metrics=accuracy(training),
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        callbacks=[DecayedFractionCallback(), EpochCallback(train), *callbacks],
+        callbacks=[EpochCallback(train), *callbacks],
     )
     sizes = {"num_parameters": count(model), "num_labels": len(names)}
     sizes |= {"train_images": len(train), "eval_images": len(validation)}

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pretrain
 from lm_args import UsageError
+from transformers import TrainerCallback
 
 from hf_cwd.report import page
 from hf_cwd.report.figures import FRACTION, figures
-from hf_cwd.report.read import RECORD, Run, read
+from hf_cwd.report.read import Run, read
+from hf_cwd.trainer import record
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "scripts/corpus/sotu.jsonl.xz"
@@ -108,19 +110,11 @@ def common_flags(args: argparse.Namespace, rest: list[str]) -> list[str]:
     return [*own, *RECIPES[args.optim]["flags"], *rest]
 
 
-def record(flags: Sequence[str], path: Path) -> None:
-    """Flags as the report reads them, for a run that has left no record of its own."""
-    settings: dict[str, object] = {}
-    name = ""
-    for part in flags:
-        if part.startswith("--"):
-            name, _, part = part[2:].partition("=")
-        try:
-            settings[name] = json.loads(part)  # a number, if it is one
-        except ValueError:
-            settings[name] = part
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+class Record(TrainerCallback):
+    """Records what trained, also torch's AdamW, of which hf_cwd by itself leaves no record."""
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        record.write(args, model, optimizer)
 
 
 def summarise(run: Run, metrics: dict, *, plain: bool) -> dict:
@@ -178,9 +172,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         rates = f"learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}"
         print(f"\n[{number}/2] {label}: {' '.join(own)}, {rates}, {args.steps} steps", flush=True)
         folders.append(args.output_dir / name)
-        record([*common, *own], folders[-1] / RECORD)
         flags = [*common, *tokenizer[name], *own]
-        metrics = pretrain.main([*flags, "--output_dir", str(folders[-1])])
+        metrics = pretrain.main([*flags, "--output_dir", str(folders[-1])], [Record()])
         numbers = summarise(*read(folders[-1:]), metrics, plain=name == "baseline")
         runs[name] = {"label": label, "flags": flags, **numbers}
     report, numbers = page.write(folders, args.output_dir / "report"), args.output_dir / "summary.json"

@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
-from hf_cwd.trainer.callback import DecayedFractionCallback
 
 HELP = """Fine-tune a causal language model, all of it or by LoRA (--use_peft), with TRL's SFTTrainer and any --optim.
 Rows are chats ('messages'), 'prompt' and 'completion' (texts or messages; the loss is on the completion), or 'text'; a
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        callbacks=[DecayedFractionCallback(), *callbacks],
+        callbacks=list(callbacks),
     )
     for part, rows in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset)):
         if len(rows) == 0:

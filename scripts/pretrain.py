@@ -25,7 +25,6 @@ from run_trainer import count, load_accuracy, run, seed, set_up_logging
 from transformers import Trainer, TrainerState, TrainingArguments
 
 import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
-from hf_cwd.trainer.callback import DecayedFractionCallback
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
         data_collator=collate,
         compute_metrics=token_accuracy(training),
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # the logits would not fit in memory
-        callbacks=[DecayedFractionCallback(), *callbacks],
+        callbacks=list(callbacks),
     )
 
     def more(metrics: dict[str, float]) -> dict[str, float]:

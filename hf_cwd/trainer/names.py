@@ -2,8 +2,9 @@
 
 transformers has no public call for this, so five things are added to it, once it is imported by whoever wants it:
 members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
-of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one, and a
-callback which sees to it that the optimizer that trains is the one that was asked for.
+of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one, and
+callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, and
+write down its settings.
 """
 
 import argparse
@@ -21,7 +22,12 @@ from hf_cwd.trainer.naming import PREFIX, names, unknown_name
 from hf_cwd.trainer.options import check_finished_arguments, check_training_arguments, handler
 
 _lock = threading.RLock()
-_GUARD = "hf_cwd.trainer.guards"
+# In this order: what is measured stands in a log before it is looked at.
+_CALLBACKS = {
+    "hf_cwd.trainer.diagnostics": "DiagnosticsCallback",
+    "hf_cwd.trainer.guards": "OptimizerGuard",
+    "hf_cwd.trainer.record": "RunRecordCallback",
+}
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
 
 
@@ -54,7 +60,7 @@ def unregister() -> None:
                 arguments.TrainingArguments.__post_init__ = checked._hf_cwd_original
         trainer = sys.modules.get("transformers.trainer")
         if trainer is not None:
-            trainer.DEFAULT_CALLBACKS[:] = [c for c in trainer.DEFAULT_CALLBACKS if c.__module__ != _GUARD]
+            trainer.DEFAULT_CALLBACKS[:] = [c for c in trainer.DEFAULT_CALLBACKS if c.__module__ not in _CALLBACKS]
         for parser in filter(None, map(sys.modules.get, _PARSERS)):
             make = getattr(parser, "make_choice_type_function", None)
             if hasattr(make, "_hf_cwd_original"):
@@ -92,9 +98,10 @@ def _on_trainer_optimizer(module: ModuleType) -> None:
 
 
 def _on_trainer(module: ModuleType) -> None:
-    guard = importlib.import_module(_GUARD).OptimizerGuard
-    if guard not in module.DEFAULT_CALLBACKS:
-        module.DEFAULT_CALLBACKS.append(guard)
+    for home, name in _CALLBACKS.items():
+        callback = getattr(importlib.import_module(home), name)
+        if callback not in module.DEFAULT_CALLBACKS:
+            module.DEFAULT_CALLBACKS.append(callback)
 
 
 def _on_hf_argparser(module: ModuleType) -> None:

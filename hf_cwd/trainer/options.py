@@ -10,10 +10,10 @@ import torch
 from hf_cwd import optimizers
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import COMMON, RULES, Rule
-from hf_cwd.rules.hyperparameters import Hyperparameter, Real, checked
+from hf_cwd.rules.hyperparameters import Choice, Hyperparameter, Real, checked
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.trainer import deepspeed
-from hf_cwd.trainer.log import logger, warn_once
+from hf_cwd.trainer.log import logger
 from hf_cwd.trainer.naming import PREFIX, chosen, names, unknown_name
 from hf_cwd.trainer.routing import Routing, route
 from hf_cwd.trainer.sharded import check_sharding
@@ -28,6 +28,7 @@ CLASSES = {
 }
 # TrainingArguments' own flags for these; giving them a second name would only let the two disagree.
 FLAGS = {"lr": "--learning_rate", "learning_rate": "--learning_rate", "weight_decay": "--weight_decay"}
+LOG = {"cwd_log": Choice("summary", ("summary", "groups", "off"))}  # of DiagnosticsCallback, not of the optimizer
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -43,7 +44,7 @@ def options(rule_name: str) -> dict[str, Option]:
 
     A rule with a companion (Muon's AdamW) takes the companion's hyper-parameters with its name as prefix, and without
     it where the rule has none of that name: ``adamw_betas`` and ``betas``, but ``adamw_eps`` only. One with a matrix
-    stage takes :data:`hf_cwd.sharding.plan.EXCHANGE` as well.
+    stage takes :data:`hf_cwd.sharding.plan.EXCHANGE` as well, and all take :data:`LOG`, which is no argument.
     """
     rule = RULES[rule_name]
     known = {name: Option(name, kind) for name, kind in rule.hyperparameters.items()}
@@ -56,7 +57,7 @@ def options(rule_name: str) -> dict[str, Option]:
             known[argument] = Option(argument, kind)
             if name != "lr":
                 known.setdefault(name, known[argument])
-    return known
+    return known | {name: Option(name, kind) for name, kind in LOG.items()}
 
 
 def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
     """
     name = chosen(args)
     rule = RULES[name.removeprefix(PREFIX)]
-    given = parse_optim_args(name, args.optim_args)
+    given = {key: value for key, value in parse_optim_args(name, args.optim_args).items() if key not in LOG}
     if args.optim_target_modules is not None:
         if rule.companion is None:
             raise ValueError(f"--optim_target_modules has no effect on {name}, which takes any module: leave it out")
@@ -184,7 +185,7 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     deepspeed.check(ctx.args, name, arguments)
     deepspeed.keep_ours()
     _check_world(ctx.args)
-    described = name + " " + " ".join(f"{key}={value}" for key, value in _effective(rule.name, arguments).items())
+    described = name + " " + " ".join(f"{key}={value}" for key, value in effective(rule.name, arguments).items())
     if rule.companion is not None:
         if ctx.model is None:
             raise ValueError(f"{name} sorts the parameters of a model, and the Trainer gave none")
@@ -195,13 +196,8 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
             target_modules=ctx.args.optim_target_modules,
         )
         arguments["routing"] = _announced(routing, rule, arguments, described) if ctx.args.should_log else routing
-    if ctx.args.should_log:
-        if rule.companion is None:
-            logger().info(described)
-        if arguments["weight_decay"] == 0 and arguments.get("cautious", True):
-            warn_once(
-                f"--weight_decay is 0 (the Trainer's default): {name} then decays nothing. Try --weight_decay 0.1"
-            )
+    if ctx.args.should_log and rule.companion is None:
+        logger().info(described)
     if rule.name in CLASSES:
         return CLASSES[rule.name], arguments
     if rule.companion is not None:
@@ -242,10 +238,12 @@ def _announced(
     return split
 
 
-def _effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Every value the optimizer will run with, defaults included, for the start-up line."""
+def effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every value that the optimizer runs with, defaults included."""
     values = {key: arguments[key] for key in ("lr", "weight_decay")}
     for option in options(rule_name).values():
+        if option.argument in LOG:
+            continue
         default = arguments["lr"] if option.argument.endswith("_lr") else option.kind.default
         values[option.argument] = arguments.get(option.argument, default)
     return values

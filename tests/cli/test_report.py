@@ -9,7 +9,6 @@ from transformers import Trainer, TrainingArguments
 
 import hf_cwd  # noqa: F401  registers the names
 from hf_cwd import cli
-from hf_cwd.trainer.callback import DecayedFractionCallback
 from tests.trainer.conftest import tiny_data, tiny_llama
 
 MINUS = "\N{MINUS SIGN}"
@@ -28,7 +27,6 @@ def train(folder, seed, **options):
     )  # fmt: skip
     trainer = Trainer(
         model=tiny_llama(seed), args=args, train_dataset=tiny_data(), eval_dataset=tiny_data(8),
-        callbacks=[DecayedFractionCallback()],
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -45,6 +43,7 @@ def test_runs_of_the_trainer(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "out/report.html").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "loss.png", "eval_loss.png", "cwd_decayed_fraction.png", "grad_norm.png", "learning_rate.png",
+        "cwd_effective_decay.png", "cwd_update_to_weight.png", "cwd_update_rms.png", "cwd_weight_rms.png",
         "train_tokens_per_second.png", "num_input_tokens_seen.png",
     }  # fmt: skip
     ends = {}

@@ -9,8 +9,9 @@ import torch
 from matplotlib.image import imread
 from transformers import Trainer
 
+from hf_cwd.report.compare import differing
 from hf_cwd.report.figures import FRACTION
-from hf_cwd.report.read import RECORD, read
+from hf_cwd.report.read import read
 
 
 @pytest.fixture
@@ -90,8 +91,18 @@ def test_both_runs_differ_in_the_optimizer_only(optim, recorded, arguments, tmp_
     for name in ("loss", "eval_loss", "cwd_decayed_fraction"):
         assert imread(report / f"{name}.png")[..., :3].std() > 0.01  # not a blank page
     text = (report / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r'<th scope="row">(baseline|cwd)</th><td>8', text) == ["baseline", "cwd"]
+    assert re.findall(r'<th scope="row">(baseline|cwd)</th><td>8</td>', text) == ["baseline", "cwd"]
     assert "Too few seeds to say anything" in text
+    records = read([tmp_path / "run/baseline", tmp_path / "run/cwd"])
+    assert all(run.recorded for run in records)
+    apart, common = differing(records)
+    assert common["learning_rate"] == compare.RECIPES[optim]["learning_rate"]
+    assert common["num_parameters"] == summary["runs"]["cwd"]["num_parameters"]
+    if optim == "cwd_adamw":
+        assert (apart["optim"], apart["cautious"]) == (["adamw_torch", optim], [None, True])
+    else:
+        assert apart.keys() == {"output_dir", "optim_args", "cautious"}
+        assert apart["cautious"] == [False, True]
     out = capsys.readouterr().out
     for run in summary["runs"].values():
         assert f"<td>{run['eval_loss']:.4f}" in text
@@ -178,10 +189,3 @@ def test_summary_counts_training_time_and_final_losses(tmp_path):
     assert summary["train_seconds"] == 6.0  # two evaluations on the way, one after training
     assert summary["train_tokens_per_second"] == 200
     assert summary["decayed_fraction"] == 0.25
-
-
-def test_flags_are_recorded_for_the_report(tmp_path):
-    compare.record(["--optim", "cwd_lion", "--seed", "3", "--use_cpu=true", "--train_file", "a b"], tmp_path / RECORD)
-    (tmp_path / "trainer_state.json").write_text("{}")
-    (run,) = read([tmp_path])
-    assert run.settings == {"optim": "cwd_lion", "seed": 3, "use_cpu": True, "train_file": "a b"}

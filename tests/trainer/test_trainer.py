@@ -11,8 +11,6 @@ from transformers import Trainer
 
 from hf_cwd import CWDOptimizer
 from hf_cwd.rules import RULES
-from hf_cwd.trainer import log
-from hf_cwd.trainer.callback import DecayedFractionCallback
 
 from .conftest import tiny_data, tiny_llama
 
@@ -114,27 +112,6 @@ def test_the_logged_learning_rate_is_muon_s(arguments):
     assert logs == [1e-2] * 4
 
 
-def test_the_decayed_fraction_is_logged_at_logging_steps_only(arguments, algorithm):
-    args = arguments(optim=f"cwd_{algorithm}", logging_first_step=True, max_steps=5)
-    trainer = train(args, callbacks=[DecayedFractionCallback()])
-    logged = {log["step"]: log.get("cwd/decayed_fraction") for log in trainer.state.log_history if "loss" in log}
-    assert logged.keys() == {1, 2, 4}
-    assert all(0.3 < fraction < 0.7 for fraction in logged.values()), logged
-    assert trainer.optimizer.optimizer.decay_count is None
-    by_epoch = arguments(
-        optim=f"cwd_{algorithm}", logging_strategy="epoch", logging_steps=1, num_train_epochs=1, max_steps=-1
-    )
-    trainer = train(by_epoch, rows=8, callbacks=[DecayedFractionCallback()])
-    (log,) = [log for log in trainer.state.log_history if "loss" in log]
-    assert "cwd/decayed_fraction" not in log, "which step it would be of cannot be foreseen"
-    plain = train(
-        arguments(optim=f"cwd_{algorithm}", optim_args="cautious=false"), callbacks=[DecayedFractionCallback()]
-    )
-    assert plain.state.log_history[0]["cwd/decayed_fraction"] == 1.0
-    other = train(arguments(optim="adamw_torch"), callbacks=[DecayedFractionCallback()])
-    assert "cwd/decayed_fraction" not in other.state.log_history[0]
-
-
 def test_one_start_up_line_says_what_runs(arguments, caplog):
     caplog.set_level(logging.INFO, "hf_cwd")
     Trainer(model=tiny_llama(), args=arguments(optim="cwd_muon", optim_args="nesterov=false")).create_optimizer()
@@ -149,20 +126,6 @@ def test_one_start_up_line_says_what_runs(arguments, caplog):
         "14 tensors",
     ):
         assert words in record.message
-
-
-def test_no_weight_decay_warns_once(arguments, caplog):
-    log.warn_once.cache_clear()
-    for _ in range(2):
-        Trainer(model=tiny_llama(), args=arguments(optim="cwd_lion", weight_decay=0.0)).create_optimizer()
-    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([message for message in warnings if "cwd_lion then decays nothing" in message]) == 1
-    log.warn_once.cache_clear()
-    caplog.clear()
-    plain = arguments(optim="cwd_lion", weight_decay=0.0, optim_args="cautious=false")
-    Trainer(model=tiny_llama(), args=plain).create_optimizer()
-    (record,) = caplog.records
-    assert (record.levelno, "cautious=False" in record.message) == (logging.INFO, True), "the start-up line alone"
 
 
 @pytest.mark.parametrize("bf16", [False, True])
