@@ -1,0 +1,117 @@
+"""TrainingArguments with an optimizer of this package by default, and what :class:`CWDTrainer` is told by them."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_cwd.trainer.naming import PREFIX, chosen
+
+LOGS, NOT_FINITE = ("summary", "groups", "off"), ("stop", "skip", "ignore")
+
+
+@dataclass(init=False)  # a subclass without @dataclass must find its other base's __init__, and is then told
+class CWDArgumentsMixin:
+    """Adds ``cwd_*`` fields to a class of training arguments, and makes ``cwd_adamw`` the default of ``--optim``.
+
+    For TrainingArguments, Seq2SeqTrainingArguments and TRL's configs. It comes first among the bases, and the class
+    is a dataclass.
+
+    Attributes:
+        cwd_log: what a logged step says of the weight decay: ``"summary"``, ``"groups"`` or ``"off"``; None is what
+            ``cwd_log`` in ``--optim_args`` says, else ``"summary"``. Any Trainer heeds it.
+        cwd_not_finite: what :class:`hf_cwd.CWDTrainer` does about a step whose gradients are not finite: ``"stop"``
+            (raise before the step), ``"skip"`` (leave weights and states as they are; 20 times in a row is an error)
+            or ``"ignore"``. Other Trainers do not look.
+
+    Raises:
+        ValueError: another value, ``cwd_log`` for an optimizer that is not of this package, or one that contradicts
+            ``--optim_args``.
+        TypeError: the class is no dataclass, or has its bases in the other order.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from transformers import Seq2SeqTrainingArguments
+        >>> from hf_cwd import CWDArgumentsMixin
+        >>> @dataclass
+        ... class Arguments(CWDArgumentsMixin, Seq2SeqTrainingArguments):
+        ...     pass
+        >>> Arguments(use_cpu=True, weight_decay=0.1).optim.value
+        'cwd_adamw'
+    """
+
+    optim: OptimizerNames | str = field(
+        default=f"{PREFIX}adamw", metadata={"help": "The optimizer: cwd_adamw, cwd_lion, cwd_muon, cwd_sgd or another."}
+    )
+    cwd_log: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a logged step says of the weight decay; by default what --optim_args says, else summary.",
+            "choices": LOGS,
+        },
+    )
+    cwd_not_finite: str = field(
+        default="stop",
+        metadata={
+            "help": "What CWDTrainer does about a step whose gradients are not finite: stop the run, skip the step, or "
+            "ignore it.",
+            "choices": NOT_FINITE,
+        },
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if TrainingArguments in order and order.index(TrainingArguments) < order.index(CWDArgumentsMixin):
+            base = next(b.__name__ for b in cls.__bases__ if issubclass(b, TrainingArguments))
+            raise TypeError(
+                f"class {cls.__name__}: {base} stands before CWDArgumentsMixin and would hide what it sets: write "
+                f"class {cls.__name__}(CWDArgumentsMixin, {base})"
+            )
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not {"output_dir", "cwd_log"} <= {each.name for each in dataclasses.fields(self)}:
+            raise TypeError(
+                f"class {name} has not the fields of all its bases: put @dataclass above it, and TrainingArguments or "
+                "a class made of it beside CWDArgumentsMixin"
+            )
+        for key, value, valid in (
+            ("cwd_log", self.cwd_log, (None, *LOGS)),
+            ("cwd_not_finite", self.cwd_not_finite, NOT_FINITE),
+        ):
+            if value not in valid:
+                raise ValueError(f"{key}={value!r} does not exist: give one of {', '.join(filter(None, valid))}")
+        if self.cwd_log is not None:
+            self._pass_on_log()
+        super().__post_init__()
+
+    def _pass_on_log(self) -> None:
+        """Writes ``cwd_log`` into ``optim_args``, where it is read under any Trainer."""
+        if not chosen(self).startswith(PREFIX):
+            raise ValueError(
+                f"cwd_log={self.cwd_log!r} has no effect on optim={chosen(self)!r}, which is no optimizer of hf_cwd: "
+                "leave it out"
+            )
+        parts = self.optim_args.replace(" ", "").split(",") if self.optim_args else []
+        said = [part.partition("=")[2] for part in parts if part.partition("=")[0] == "cwd_log"]
+        if not said:
+            self.optim_args = ",".join([*parts, f"cwd_log={self.cwd_log}"])
+        elif said != [self.cwd_log]:
+            raise ValueError(
+                f"cwd_log={self.cwd_log!r} contradicts cwd_log={said[0]} in --optim_args: give one of them"
+            )
+
+
+@dataclass
+class CWDTrainingArguments(CWDArgumentsMixin, TrainingArguments):
+    """TrainingArguments with the fields of :class:`CWDArgumentsMixin`, and ``cwd_adamw`` as optimizer.
+
+    Example:
+        >>> from hf_cwd import CWDTrainingArguments
+        >>> args = CWDTrainingArguments(use_cpu=True, weight_decay=0.1, cwd_not_finite="skip")
+        >>> args.optim.value, args.cwd_not_finite
+        ('cwd_adamw', 'skip')
+    """
