@@ -102,6 +102,7 @@ def fixed(value: float) -> str:
 
 LOSS = Kind(_finite(fixed), _signed(fixed))
 PLAIN = Kind(_finite(significant), _as_precise)
+SHARE = Kind(_finite(lambda v: f"{significant(100 * v, 3)} %"), _relative)  # of what spans decades
 PERCENT = Kind(_finite(lambda v: f"{100 * v:.1f} %"), _signed(lambda d: f"{100 * d:.1f} points"))
 TIME = Kind(_finite(duration), _relative)
 RATE = Kind(_finite(significant), _relative)
