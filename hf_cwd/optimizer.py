@@ -14,10 +14,13 @@ from hf_cwd.measure import StepStatistics
 from hf_cwd.origins import Origins
 from hf_cwd.refusals import are_plain, check_layout, check_masters, problem, refuse_torch_kernels
 from hf_cwd.rules import COMMON, RULES, Rule
+from hf_cwd.rules.hyperparameters import Choice, checked
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.sharding.zero import full_shape
 from hf_cwd.state_dict import adopt, only_initialises, restore_dtypes
+
+ON_RULE_CHANGE = Choice("refuse", ("refuse", "reset"))
 
 
 class CommonOptions(TypedDict, total=False):
@@ -32,6 +35,8 @@ class CommonOptions(TypedDict, total=False):
         master: ``"remainder"`` trains bfloat16 parameters as if they had fp32 masters: a state of 16 bits an element
             holds what they lack of one, and the other states are fp32. The weights are the master's, rounded half up.
         capturable: step counts stay on the GPU, so that a CUDA graph may capture the step; a tensor ``lr`` too.
+        on_rule_change: what ``load_state_dict`` does with another rule's state: ``"refuse"``, or ``"reset"``, which
+            leaves it and begins with new states.
         routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
         fused, foreach, differentiable: only False or None; ``kernel=`` chooses the implementation here.
     """
@@ -43,6 +48,7 @@ class CommonOptions(TypedDict, total=False):
     state_dtype: str
     master: str
     capturable: bool
+    on_rule_change: str
     routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
     fused: bool | None
     foreach: bool | None
@@ -87,13 +93,17 @@ class CWDOptimizer(torch.optim.Optimizer):
         refuse_torch_kernels(options)
         self.companions = dict(companions or {})
         self.statistics: StepStatistics | None = None
+        self.on_rule_change = checked(
+            "CWDOptimizer", "on_rule_change", ON_RULE_CHANGE, options.pop("on_rule_change", ON_RULE_CHANGE.default)
+        )
+        self.reset_because: str | None = None
         self._is_prepared = False
         self._origins = Origins()
         self._matrix_step = MatrixStep.of(_rule(algorithm), options)
         self._cache: dict[Any, Any] = {}  # the kernels' tables
         known = {**COMMON, **_rule(algorithm).hyperparameters}
         for name in options.keys() - known.keys():
-            takes = {*known, *(EXCHANGE if _rule(algorithm).matrix is not None else ())}
+            takes = {*known, "on_rule_change", *(EXCHANGE if _rule(algorithm).matrix is not None else ())}
             near = difflib.get_close_matches(name, takes, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(
@@ -107,7 +117,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         check_masters(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("companions", "_origins", "_matrix_step")
+        own = ("companions", "on_rule_change", "reset_because", "_origins", "_matrix_step")
         return (
             super().__getstate__()
             | {name: getattr(self, name) for name in own}
@@ -266,10 +276,12 @@ class CWDOptimizer(torch.optim.Optimizer):
         present values.
 
         Raises:
-            ValueError: another rule's state, a state that is not complete, or an option that is not supported here
-                (``amsgrad``); nothing has changed then.
+            ValueError: another rule's state, unless ``on_rule_change`` is ``"reset"``: then it is not taken, and
+                ``reset_because`` says why. Or that of another model, a state that is not complete, or an option that
+                is not supported here (``amsgrad``). Nothing has changed then.
         """
-        adopted, groups = adopt(state_dict, self.param_groups), self.param_groups
+        groups = self.param_groups
+        adopted, self.reset_because = adopt(state_dict, groups, on_rule_change=self.on_rule_change)
         super().load_state_dict(adopted)
         self._origins.replace(groups, self.param_groups)
         restore_dtypes(self, adopted)

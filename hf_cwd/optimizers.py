@@ -126,7 +126,7 @@ class CWDSGD(CWDOptimizer):
     """SGD with momentum and cautious weight decay (arXiv 2510.12402, Algorithm 2 with ``ema=True``).
 
     The recursion is that of :func:`hf_cwd.rules.sgd.direction`, torch.optim.SGD's by default. The decay is decoupled,
-    unlike torch.optim.SGD's, which adds ``weight_decay * x`` to the gradient. States: ``step``, and ``exp_avg`` where
+    unlike torch.optim.SGD's, which adds ``weight_decay * x`` to the gradient. States: ``step``, and ``momentum_buffer`` where
     ``momentum`` is not 0.
 
     Args:

@@ -13,51 +13,129 @@ from hf_cwd.states import REMAINDER
 from hf_cwd.states import keys as state_keys
 
 # Keys of torch.optim's groups that choose an implementation there; ours is the kernel= option.
+RESET = "on_rule_change=reset"
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad")
 
 
-def adopt(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def adopt(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], *, on_rule_change: str
+) -> tuple[dict[str, Any], str | None]:
     """The state dict as one of an optimizer with ``param_groups``; nothing is mutated.
 
     Saved hyper-parameters win over present ones, keys that the saved groups lack keep their present value. A state key
     with another name in torch.optim (``momentum_buffer``) gets ours, a missing ``step`` becomes 1.
 
+    Args:
+        on_rule_change: ``"reset"`` takes nothing from another rule's state: no state, and present hyper-parameters.
+
+    Returns:
+        The state dict, and if nothing was taken from the saved one, why.
+
     Raises:
-        ValueError: the state belongs to another rule, is incomplete, or was made by an option not supported here.
+        ValueError: the state belongs to another rule or another model, is incomplete, or was made by an option not
+            supported here.
     """
     saved_groups = state_dict["param_groups"]
-    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
-        return dict(state_dict)  # torch.optim.Optimizer.load_state_dict refuses it, in its own words
-    groups, states = [], dict(state_dict["state"])
-    for saved, own in zip(saved_groups, param_groups, strict=True):
-        algorithm = own["algorithm"]
-        if saved.get("algorithm", algorithm) != algorithm:
+    if any(saved.get("amsgrad") for saved in saved_groups):
+        raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
+    if change := _change(state_dict, param_groups):
+        if on_rule_change != "reset":
             raise ValueError(
-                f"the saved state is of rule {saved['algorithm']!r}, the optimizer's is {algorithm!r}: "
-                "continue with the optimizer that saved it"
+                f"{change}: continue with the optimizer that saved it, or begin with new states by {RESET} (weights, "
+                "step number and schedule go on)"
             )
+        if len(saved_groups) > len(param_groups):
+            raise ValueError(
+                f"{change}: its schedule, of {len(saved_groups)} parameter groups, cannot go on with this optimizer's "
+                f"{len(param_groups)} by {RESET}. Begin a new run from the checkpoint's weights"
+            )
+        return {**state_dict, "state": {}, "param_groups": _numbered(param_groups)}, change
+    groups, states = [], dict(state_dict["state"])
+    for number, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
+        _check_parameters(number, saved, own)
+        algorithm = own["algorithm"]
         if "layout" in saved and _layout(saved) != _layout(own):
             raise ValueError(
                 f"the saved optimizer took layout={saved['layout']!r} from parameters that are now routed as "
                 f"{own['layout']!r}: continue with the --optim_target_modules, model and package that saved it"
             )
-        if saved.get("amsgrad"):
-            raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
         kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS}
         group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept
         rule = RULES[algorithm]
         groups.append(group | rule.checked_hyperparameters(group))
-        for index, p in zip(saved["params"], own["params"], strict=True):
+        names = own.get("param_names") or [f"parameter {index}" for index in saved["params"]]
+        for index, p, name in zip(saved["params"], own["params"], names, strict=True):
             if index in states:
-                states[index] = _adopt_state(states[index], rule, state_keys(group, p.dtype), index)
-    return {**state_dict, "state": states, "param_groups": groups}
+                states[index] = _adopt_state(states[index], rule, state_keys(group, p.dtype), name, p)
+    return {**state_dict, "state": states, "param_groups": groups}, None
+
+
+def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """In what the saved state is of other rules, if it is; torch's own optimizers are told by what they keep."""
+    saved, states = state_dict["param_groups"], state_dict["state"]
+    ours, theirs = (_rules(groups) for groups in (param_groups, saved))
+    if theirs and [g["algorithm"] for g in saved] != [g["algorithm"] for g in param_groups]:
+        return f"the saved state is of rule {theirs}, the optimizer's is {ours}"
+    if len(saved) != len(param_groups):
+        return f"the saved optimizer has {len(saved)} parameter groups, this one {len(param_groups)} of rule {ours}"
+    for old, own in zip(saved, param_groups, strict=True):
+        rule = RULES[own["algorithm"]]
+        keys = ("step", *rule.state_keys({**own, **old}))
+        known = {*keys, REMAINDER, *rule.aliases, *rule.aliases.values()}
+        kept = {key for i in old["params"] for key, value in states.get(i, {}).items() if value is not None}
+        if foreign := ", ".join(sorted(kept - known)):
+            return f"the saved state holds {foreign}, but rule {rule.name!r} keeps {', '.join(keys)}"
+    return None
+
+
+def _rules(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Empty where a group says none: it is torch's."""
+    named = dict.fromkeys(group.get("algorithm") for group in groups)
+    return "" if None in named else " and ".join(map(repr, named))
+
+
+def _numbered(param_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Present groups as they stand in a state dict."""
+    groups, number = [], 0
+    for group in param_groups:
+        count = len(group["params"])
+        groups.append({**group, "params": list(range(number, number + count))})
+        number += count
+    return groups
+
+
+def _check_parameters(number: int, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ValueError if a group does not hold the parameters that it held when it was saved."""
+    names, known = (list(map(_plain, group.get("param_names") or [])) for group in (own, saved))
+    if names and known and names != known:
+        gone, new = [n for n in known if n not in names], [n for n in names if n not in known]
+        change = "; ".join(f"{what} {_some(some)}" for what, some in (("no longer", gone), ("now", new)) if some)
+        raise ValueError(
+            f"parameter group {number} does not hold the parameters that it held when it was saved: "
+            f"{change or 'their order is another'}. Freeze, route and name them as in the run that saved it"
+        )
+    if len(saved["params"]) != len(own["params"]):
+        raise ValueError(
+            f"parameter group {number} has {len(own['params'])} parameters, and had {len(saved['params'])} when it was "
+            "saved: the model is another, or other parameters of it are frozen. Make it as in the run that saved it"
+        )
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.").replace("_orig_mod.", "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def _layout(group: Mapping[str, Any]) -> Layout | None:
     return None if group.get("layout") is None else Layout(**group["layout"])
 
 
-def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], index: int) -> dict[str, Any]:
+def _adopt_state(
+    saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], name: str, p: torch.Tensor
+) -> dict[str, Any]:
     state = {rule.aliases.get(key, key): value for key, value in saved.items() if value is not None}
     if not state:
         return {}  # torch.optim.SGD without momentum
@@ -65,9 +143,15 @@ def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], in
     step = state.pop("step", 1.0)
     if set(state) != {key for key in keys if key != REMAINDER or key in state}:
         raise ValueError(
-            f"the saved state of parameter {index} holds {found}, but rule {rule.name!r} keeps "
-            f"{', '.join(('step', *keys))}: it was saved by another optimizer. Continue with that one, or start afresh"
+            f"the saved state of {name} holds {found}, but rule {rule.name!r} keeps {', '.join(('step', *keys))}: it "
+            "was saved by another optimizer, or is damaged. Continue with the one that saved it, or start afresh"
         )
+    for key, value in state.items():
+        if value.shape != p.shape:
+            raise ValueError(
+                f"the saved {key} of {name} has shape {tuple(value.shape)}, and the parameter {tuple(p.shape)}: the "
+                "model is another (an embedding that was resized?). Make it as in the run that saved it"
+            )
     # torch's fused AdamW keeps the step on the parameter's device, old checkpoints keep a plain number.
     state["step"] = torch.as_tensor(step, dtype=torch.float32).cpu()
     return state

@@ -97,7 +97,7 @@ def test_sgd_bit_for_bit(dtype, maximize, momentum, dampening, nesterov):
         step(torch_optimizer, g)
         assert torch.equal(ours, theirs)
         if momentum:
-            assert torch.equal(states_of(optimizer)["exp_avg"], states_of(torch_optimizer)["momentum_buffer"])
+            assert torch.equal(states_of(optimizer)["momentum_buffer"], states_of(torch_optimizer)["momentum_buffer"])
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32), (1, 9)], ids=str)
@@ -183,7 +183,7 @@ def test_cautious_training_continues_from_torch_states(exchange):
     optimizer.load_state_dict(copy.deepcopy(torch_optimizer.state_dict()))
     reference = own_class([given], lr=0.01, weight_decay=decay, mask="gt", **named)
     state = {key: value.clone() for key, value in states_of(torch_optimizer).items() if value is not None}
-    if "momentum_buffer" in state:
+    if torch_class is torch.optim.Muon:
         state["exp_avg"] = state.pop("momentum_buffer")
     reference.state[given].update({"step": torch.tensor(5.0)} | state)
     for g in grads:
@@ -223,6 +223,63 @@ def test_adamw_there_and_back(implementation):
             assert_same_but_for_roundings(param.detach(), x.detach(), before, weight_decay=0.1, extra=8)
 
 
+@pytest.mark.parametrize("ema", [False, True])
+def test_sgd_there_and_back(ema):
+    """Under torch's name of the momentum, so that torch does not begin it anew. ema is dampening = momentum, but for
+    the first step."""
+    options = {"momentum": 0.9} | ({"dampening": 0.9} if ema else {})
+    whole, grads = begin("sgd", **({"dampening": 0.9} if ema else {}))
+    (x,) = whole.param_groups[0]["params"]
+    param = torch.nn.Parameter(x.detach().clone())
+    ours = CWDSGD([param], weight_decay=0.0)
+    ours.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for g in grads[:2]:
+        step(whole, g)
+        step(ours, g)
+        assert torch.equal(param, x)
+    back = torch.optim.SGD([param], lr=1.0)
+    back.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert {key: back.param_groups[0][key] for key in options} == options
+    for g in grads[2:]:
+        step(whole, g)
+        step(back, g)
+        assert torch.equal(param, x)
+
+
+def test_named_parameters_must_be_the_same():
+    def named(*names):
+        return CWDAdamW([(name, parameter((2, 2), torch.float32)) for name in names])
+
+    saved = named("one", "two", "three").state_dict()
+    named("module.one", "two", "three").load_state_dict(copy.deepcopy(saved))
+    with pytest.raises(ValueError, match="no longer one; now four"):
+        named("four", "two", "three").load_state_dict(copy.deepcopy(saved))
+    with pytest.raises(ValueError, match="their order is another"):
+        named("two", "one", "three").load_state_dict(copy.deepcopy(saved))
+
+
+def test_a_rule_change_by_name():
+    param = parameter((12, 20), torch.float32)
+    optimizer = CWDLion([param], lr=0.03, on_rule_change="reset")
+    step(optimizer, torch.ones(12, 20))
+    for saved, why in (
+        (begin("adamw")[0].state_dict(), "holds exp_avg_sq, but rule 'lion' keeps step, exp_avg"),
+        (CWDMuon([parameter((12, 20), torch.float32)]).state_dict(), "is of rule 'muon', the optimizer's is 'lion'"),
+    ):
+        optimizer.load_state_dict(saved)
+        assert why in optimizer.reset_because
+        assert not optimizer.state
+        assert optimizer.param_groups[0]["lr"] == 0.03, "present hyper-parameters"
+        step(optimizer, torch.ones(12, 20))
+        assert int(optimizer.state[param]["step"]) == 1
+    fewer = CWDLion([param], on_rule_change="reset")
+    with pytest.raises(ValueError, match="of 2 parameter groups, cannot go on with this optimizer's 1"):
+        fewer.load_state_dict(_two_groups())
+    optimizer.load_state_dict(_lion())
+    assert optimizer.reset_because is None
+    assert int(optimizer.state[param]["step"]) == 1
+
+
 # --- Refusals ---
 
 
@@ -243,6 +300,16 @@ def _two_parameters():
     return torch.optim.AdamW(params).state_dict()
 
 
+def _two_groups():
+    return torch.optim.AdamW([{"params": [parameter((2, 2), torch.float32)]} for _ in range(2)]).state_dict()
+
+
+def _another_shape():
+    optimizer = torch.optim.AdamW([parameter((9, 20), torch.float32)])
+    step(optimizer, torch.ones(9, 20))
+    return optimizer.state_dict()
+
+
 REFUSED = {
     "amsgrad": (CWDAdamW, lambda: begin("adamw", amsgrad=True)[0].state_dict(), "amsgrad"),
     "lion into adamw": (CWDAdamW, _lion, "'lion'"),
@@ -252,7 +319,9 @@ REFUSED = {
     "adamw into muon": (CWDMuon, lambda: begin("adamw")[0].state_dict(), "exp_avg_sq"),
     "no exp_avg": (CWDAdamW, lambda: _adamw_without("exp_avg"), "exp_avg"),
     "no exp_avg_sq": (CWDAdamW, lambda: _adamw_without("exp_avg_sq"), "exp_avg_sq"),
-    "group of two": (CWDAdamW, _two_parameters, "size"),
+    "group of two": (CWDAdamW, _two_parameters, "group 0 has 1 parameters, and had 2"),
+    "two groups": (CWDAdamW, _two_groups, "has 2 parameter groups, this one 1 of rule 'adamw'.*on_rule_change=reset"),
+    "another shape": (CWDAdamW, _another_shape, r"exp_avg of parameter 0 has shape \(9, 20\).*\(12, 20\).*resized"),
 }
 
 
@@ -272,6 +341,7 @@ def test_refusals_change_nothing(case):
     unchanged = copy.deepcopy(saved)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
+    assert optimizer.reset_because is None
     assert torch.equal(param, x)
     assert_identical(optimizer.state_dict(), before)
     assert_identical(saved, unchanged)

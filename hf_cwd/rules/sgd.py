@@ -11,7 +11,7 @@ from hf_cwd.rules.hyperparameters import Flag, Real
 
 def direction(
     grad: Tensor,
-    exp_avg: Tensor | None = None,
+    momentum_buffer: Tensor | None = None,
     *,
     step: int,
     momentum: float,
@@ -29,22 +29,22 @@ def direction(
 
     Args:
         grad: g, any shape.
-        exp_avg: m, same shape, mutated; absent when momentum is 0.
+        momentum_buffer: m, same shape, mutated; absent when momentum is 0.
         step: t, from 1.
 
     Returns:
-        u, bit for bit torch.optim.SGD's. It may be ``grad`` or ``exp_avg`` itself.
+        u, bit for bit torch.optim.SGD's. It may be ``grad`` or ``momentum_buffer`` itself.
     """
-    if exp_avg is None:
+    if momentum_buffer is None:
         return grad
     if ema:
-        exp_avg.lerp_(grad, 1 - momentum)
-        return grad.lerp(exp_avg, momentum) if nesterov else exp_avg
+        momentum_buffer.lerp_(grad, 1 - momentum)
+        return grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
     if step == 1:
-        exp_avg.copy_(grad)
+        momentum_buffer.copy_(grad)
     else:
-        exp_avg.mul_(momentum).add_(grad, alpha=1 - dampening)
-    return grad.add(exp_avg, alpha=momentum) if nesterov else exp_avg
+        momentum_buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+    return grad.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
 
 
 def validate(group: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ def validate(group: Mapping[str, Any]) -> None:
 RULE = Rule(
     name="sgd",
     direction=direction,
-    state_keys=lambda group: ("exp_avg",) if group["momentum"] else (),
+    state_keys=lambda group: ("momentum_buffer",) if group["momentum"] else (),
     hyperparameters={
         "momentum": Real(0.0, high=1.0),
         "dampening": Real(0.0, high=1.0),
@@ -71,5 +71,5 @@ RULE = Rule(
         "ema": Flag(False),
     },
     validate=validate,
-    aliases={"momentum_buffer": "exp_avg"},
+    aliases={"exp_avg": "momentum_buffer"},
 )

@@ -5,11 +5,13 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import RULES
+from hf_cwd.state_dict import RESET
 from hf_cwd.trainer import deepspeed
-from hf_cwd.trainer.log import warn_once
+from hf_cwd.trainer.log import logger, warn_once
 from hf_cwd.trainer.naming import PREFIX, chosen, names
 from hf_cwd.trainer.options import optimizer_arguments
 
@@ -167,10 +169,57 @@ def check_schedule(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any) -> Non
         )
 
 
+def check_resumed(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any, step: int) -> None:
+    """Looks at what a resumed run got back, and says it.
+
+    Raises:
+        RuntimeError: the optimizer has no state: the Trainer goes on without a word where a checkpoint holds none.
+        ValueError: the state was left behind on demand, and the schedule cannot follow.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [state for p in held if (state := optimizer.state.get(p))]
+    if optimizer.reset_because is not None or (not states and optimizer.on_rule_change == "reset"):
+        why = optimizer.reset_because or "the checkpoint holds no optimizer state"
+        if args.should_log:
+            warn_once(f"{RESET}: {type(optimizer).__name__} begins with new states at step {step}, since {why}")
+        if not deepspeed.is_used(args):
+            _follow(optimizer, lr_scheduler)
+        return
+    if not states and held:  # a rank may hold nothing of a small model
+        raise RuntimeError(
+            f"the run is resumed at step {step}, and {type(optimizer).__name__} got no state back: the checkpoint "
+            "holds none (optimizer.pt and scheduler.pt are needed both; save_only_model=True saves neither). Resume "
+            f"from another one, or begin with new states by --optim_args {RESET}"
+        )
+    if args.should_log:
+        tensors = sum(len(state) for state in states)
+        logger().info(
+            f"resumed at step {step}: {tensors} state tensors of {len(states)} of {len(held)} parameters restored"
+        )
+        warn_of_resumed(args, optimizer)
+
+
+def _follow(optimizer: CWDOptimizer, lr_scheduler: Any) -> None:
+    """The schedule was loaded with the learning rates of the saved groups: those of the present ones take their place.
+
+    Raises ValueError where the schedule is not one of transformers', which are all LambdaLR.
+    """
+    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside Accelerate's
+    if not isinstance(schedule, LambdaLR):
+        raise ValueError(
+            f"--optim_args {RESET} cannot carry on a {type(schedule).__name__} of a saved optimizer with other "
+            "parameter groups: choose another --lr_scheduler_type, or begin a new run from the checkpoint's weights"
+        )
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def warn_of_resumed(args: Any, optimizer: CWDOptimizer) -> None:
     """Says which flags have no effect in a resumed run: a checkpoint's hyper-parameters win, as in all of torch."""
     name = chosen(args)
-    if name not in names() or not args.should_log:
+    if name not in names():
         return
     rule = RULES[name.removeprefix(PREFIX)]
     told = []

@@ -60,7 +60,7 @@ class OptimizerGuard(TrainerCallback):
         checks.check_schedule(args, found, lr_scheduler)
         checks.warn_of_zeros(args, found)
         if state.global_step > 0:
-            checks.warn_of_resumed(args, found)
+            checks.check_resumed(args, found, lr_scheduler, state.global_step)
         self._optimizer = found
         self._hook = found.register_step_post_hook(self._on_optimizer_step)
 

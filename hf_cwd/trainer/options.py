@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_cwd import optimizers
-from hf_cwd.optimizer import CWDOptimizer
+from hf_cwd.optimizer import ON_RULE_CHANGE, CWDOptimizer
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.hyperparameters import Choice, Hyperparameter, Real, checked
 from hf_cwd.sharding.plan import EXCHANGE
@@ -57,7 +57,7 @@ def options(rule_name: str) -> dict[str, Option]:
             known[argument] = Option(argument, kind)
             if name != "lr":
                 known.setdefault(name, known[argument])
-    return known | {name: Option(name, kind) for name, kind in LOG.items()}
+    return known | {name: Option(name, kind) for name, kind in {"on_rule_change": ON_RULE_CHANGE, **LOG}.items()}
 
 
 def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
