@@ -55,9 +55,9 @@ class DiagnosticsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         optimizer = innermost(optimizer)
-        if not isinstance(optimizer, CWDOptimizer) or log_level(args) == "off":
+        if not isinstance(optimizer, CWDOptimizer) or not _will_log(args, state, train_dataloader):
             return
-        if _will_log(args, state, train_dataloader):
+        if log_level(args) != "off":
             optimizer.statistics = StepStatistics(self._measured)
             self._optimizer = optimizer
             self._measured += 1
