@@ -17,7 +17,8 @@ from lm_args import UsageError
 from transformers import TrainerCallback
 
 from hf_cwd.report import page
-from hf_cwd.report.figures import FRACTION, figures
+from hf_cwd.report.figures import figures
+from hf_cwd.report.measures import FRACTION
 from hf_cwd.report.read import Run, read
 from hf_cwd.trainer import record
 

@@ -48,11 +48,20 @@ def _common_name(runs: Sequence[Run], members: Sequence[int]) -> str:
 
 
 def differing(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Settings that differ between runs, with a value for each run (None: not known), and those that do not."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    rows = {key: [run.settings.get(key) for run in runs] for key in keys}
-    apart = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
-    return apart, {key: values[0] for key, values in rows.items() if key not in apart}
+    """Settings that differ, with a value for each run (None: not set, or not known), and those that do not.
+
+    What a run says nothing of is a difference only if its record would say it: if another run's does.
+    """
+    rows = {key: [run.settings.get(key) for run in runs] for key in dict.fromkeys(k for r in runs for k in r.settings)}
+    apart, common = {}, {}
+    for key, values in rows.items():
+        recorded = any(run.recorded and key in run.known.own for run in runs)
+        known = [v for v, run in zip(values, runs, strict=True) if v is not None or (recorded and run.recorded)]
+        if any(value != known[0] for value in known):
+            apart[key] = values
+        else:
+            common[key] = known[0]
+    return apart, common
 
 
 def by_seed(runs: Sequence[Run], setting: Setting, values: Sequence[float | None]) -> dict[int | None, float]:

@@ -16,7 +16,8 @@ class Measure(NamedTuple):
     """One kind of number that the Trainer logs.
 
     `about` is a line on what it means. `noisy` values are smoothed in charts. `spans` are those whose axis may be
-    logarithmic. `final`: a table has the mean over the "run" or over its last "tenth", or the "last" value.
+    logarithmic; what is `scaled` by the learning rate ends at 0 where that does, and has an axis of two decades only.
+    `final`: a table has the mean over the "run" or over its last "tenth", or the "last" value.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Measure(NamedTuple):
     about: str = ""
     noisy: bool = True
     spans: bool = True
+    scaled: bool = False
     final: str = "tenth"
 
 
@@ -35,34 +37,38 @@ KNOWN = {
         "Learning rate", "learning rate", about="Of the first parameter group.", noisy=False, spans=False
     ),
     "num_input_tokens_seen": Measure("Input tokens seen", "tokens", noisy=False, spans=False),
-}
+    "cwd/skipped_steps": Measure(
+        "Skipped steps", "steps so far", COUNT, "Steps left out because gradients were not finite.",
+        noisy=False, spans=False, final="last",
+    ),
+}  # fmt: skip
 # Under cwd/ for all parameters; with cwd_log=groups also for each rule and each parameter group.
 OF_STEPS = {
     "decayed_fraction": Measure(
         "Decayed fraction", "elements decayed", PERCENT,
-        "Share of the elements with a weight decay that a logged step decays. Plain decay decays all of them.", final="run",
+        "Share of the elements with a weight decay that a logged step decays. Plain decay decays all of them.",
+        final="run",
     ),
     "effective_decay": Measure(
         "Effective decay", "of the norm, a step", SHARE,
-        "Share of the weights' norm that one step's decay takes. Plain decay takes learning rate × weight decay.",
-        noisy=False, final="run",
+        "Share of the weights' norm that one step's decay takes. Plain decay takes learning rate times weight decay.",
+        noisy=False, scaled=True, final="run",
     ),
     "update_to_weight": Measure(
         "Update-to-weight ratio", "norm of update / norm of weights", PLAIN,
-        "How far one step moves the weights: the update with its learning rate, without decay.", noisy=False, final="run",
+        "How far one step moves the weights: the update with its learning rate, without decay.",
+        noisy=False, scaled=True, final="run",
     ),
     "update_rms": Measure(
-        "Update RMS", "root mean square", about="Size of an element of the update, before the learning rate."
+        "Update RMS", "root mean square", PLAIN, "Size of an element of the update, before the learning rate.",
     ),
-    "weight_rms": Measure("Weight RMS", "root mean square", about="Size of an element of the weights.", noisy=False),
+    "weight_rms": Measure(
+        "Weight RMS", "root mean square", PLAIN, "Size of an element of the weights.", noisy=False,
+    ),
     "orthogonality_error": Measure(
-        "Orthogonality error", "|OOᵀ − I| / √rows", PLAIN,
+        "Orthogonality error", "RMS of (singular value)² - 1", PLAIN,
         "Of one orthogonalised update, another matrix each time. 0 if all singular values are 1, which a few steps of "
         "Newton-Schulz do not reach.", final="run",
-    ),
-    "skipped_steps": Measure(
-        "Skipped steps", "steps so far", COUNT, "Steps left out because gradients were not finite.",
-        noisy=False, spans=False, final="last",
     ),
 }  # fmt: skip
 

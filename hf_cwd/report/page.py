@@ -6,10 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import hf_cwd
-from hf_cwd.report import tables
-from hf_cwd.report.charts import CHARTS, Drawn, charts, draw
+from hf_cwd.report import hyperparameters, tables
+from hf_cwd.report.charts import Drawn, draw
 from hf_cwd.report.compare import Setting, settings
-from hf_cwd.report.figures import Figure, figures, in_words, is_evaluation, logged_keys
+from hf_cwd.report.figures import Figure, figures, logged_keys
+from hf_cwd.report.measures import in_order, is_evaluation, measure_of, part_in_words, part_of
+from hf_cwd.report.plan import CHARTS, charts
 from hf_cwd.report.read import RECORD, Run, read
 from hf_cwd.report.svg import COLOURS, DARK, PENS, swatch
 
@@ -38,13 +40,15 @@ def write(paths: Sequence[str | Path], folder: Path) -> Path:
 def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
     """The page, as text."""
     table = figures(runs)
-    of_model = [figure for figure in table if not figure.speed]
+    of_model, of_updates, of_speed = ([f for f in table if f.about == about] for about in ("model", "updates", "speed"))
     sections = {
         "Final figures": tables.final(runs, of_model, "Final figures"),
         "Over seeds": over_seeds(runs, groups, table),
-        "Curves": curves(groups, drawn),
-        "Settings": tables.differences(runs),
-        "Speed": speed(runs, [figure for figure in table if figure.speed]),
+        "Curves": curves(groups, [one for one in drawn if not one.chart.row]),
+        "Decay and updates": tables.final(runs, of_updates, "Decay and updates") if of_updates else "",
+        "By rule and group": by_part(runs, groups, [one for one in drawn if one.chart.row]),
+        "Settings": hyperparameters.tables(runs, groups),
+        "Speed": speed(runs, of_speed),
     }
     sections = {title: body for title, body in sections.items() if body}
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -66,7 +70,7 @@ def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn])
 <header>
 <h1>Training report: {escape(name)}</h1>
 <p>{escape(summary(runs, groups))}</p>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
+{about(runs)}<nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>
 {notes(runs, groups)}{bodies}
@@ -101,6 +105,12 @@ def summary(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
     )
 
 
+def about(runs: Sequence[Run]) -> str:
+    """What trained, in a line; empty if the runs do not say, or differ."""
+    text = hyperparameters.facts(runs)
+    return f'<p class="muted">{escape(text)}.</p>\n' if text else ""
+
+
 def notes(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
     """What a reader must know before he trusts the numbers; empty if there is nothing."""
     found = []
@@ -111,11 +121,11 @@ def notes(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
                 f"{run.name} stands at step {run.step:,} of {run.max_steps:,}: it is left out of means over seeds."
             )
         for key in logged_keys([run]):
-            if key in ("loss", "grad_norm") or key.startswith("cwd/") or is_evaluation(key):
+            if key in ("loss", "grad_norm", *in_order([key])) or is_evaluation(key):
                 series = run.series(key)
                 if series.bad:
                     found.append(
-                        f"{run.name}: {in_words(key)} is NaN or infinite at {len(series.bad):,} of "
+                        f"{run.name}: {measure_of(key).title} is NaN or infinite at {len(series.bad):,} of "
                         f"{len(series.steps):,} logged steps, first at step {series.bad[0]:,}."
                     )
     unknown = sum(not run.recorded for run in runs)
@@ -159,22 +169,51 @@ def over_seeds(runs: Sequence[Run], groups: Sequence[Setting], table: Sequence[F
 
 
 def curves(groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
-    """The legend, once, and every chart."""
+    """The legend and every chart of all parameters."""
     if not drawn:
         return "<p>Nothing was logged.</p>"
-    entries, shown = "", []
-    for place, group in enumerate(groups):
-        count = f' <span class="muted">({len(group.members)} seeds)</span>' if len(group.members) > 1 else ""
-        entries += f"<li>{swatch(place)}<span>{escape(group.label)}{count}</span></li>"
-    for one in drawn:
-        about = f"<p>{escape(one.chart.about)}</p>" if one.chart.about else ""
-        caption = f"<figcaption><h3>{escape(one.chart.title)}</h3>{about}</figcaption>"
-        shown.append(f"<figure>{caption}\n{one.svg}</figure>")
-    pictures = "\n".join(shown)
     several = any(len(group.members) > 1 for group in groups)
     mean = "<p>Thin lines are runs, thick ones their mean over seeds.</p>" if several else ""
-    kind = "legend short" if len(groups) <= 8 else "legend"  # a short one stays in sight
-    return f'{mean}<ul class="{kind}" aria-label="Legend">{entries}</ul>\n<div class="charts">\n{pictures}\n</div>'
+    pictures = "\n".join(
+        f"<figure><figcaption><h3>{escape(one.chart.title)}</h3><p>{escape(one.chart.about)}</p></figcaption>\n"
+        f"{one.svg}</figure>"
+        for one in drawn
+    )
+    return f'{mean}{legend(groups, range(len(groups)))}\n<div class="charts">\n{pictures}\n</div>'
+
+
+def by_part(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
+    """For each measure a row of small charts, one for each part of the model; empty if none was logged."""
+    if not drawn:
+        return ""
+    logged = [any(any(map(part_of, runs[i].logged)) for i in group.members) for group in groups]
+    rows: dict[str, list[Drawn]] = {}
+    for one in drawn:
+        rows.setdefault(one.chart.title, []).append(one)
+    text = (
+        "What cwd_log=groups logs of each rule, and of each parameter group that is not all that a rule has. "
+        "The charts of a row have one scale."
+    )
+    parts = [f"<p>{text}</p>", legend(groups, [place for place, some in enumerate(logged) if some])]
+    for title, row in rows.items():
+        pictures = "\n".join(
+            f"<figure><figcaption><h4>{escape(part_in_words(one.chart.part))}</h4></figcaption>\n{one.svg}</figure>"
+            for one in row
+        )
+        head = f'<h3>{escape(title)}</h3><p class="muted">{escape(row[0].chart.about)}</p>'
+        parts.append(f'<div class="row">{head}<div class="charts small">\n{pictures}\n</div></div>')
+    return "\n".join([*parts, "<h3>Figures</h3>", tables.by_part(runs)])
+
+
+def legend(groups: Sequence[Setting], places: Sequence[int]) -> str:
+    """The pens of the settings at `places`."""
+    entries = ""
+    for place in places:
+        group = groups[place]
+        count = f' <span class="muted">({len(group.members)} seeds)</span>' if len(group.members) > 1 else ""
+        entries += f"<li>{swatch(place)}<span>{escape(group.label)}{count}</span></li>"
+    kind = "legend short" if len(places) <= 8 else "legend"  # a short one stays in sight
+    return f'<ul class="{kind}" aria-label="Legend">{entries}</ul>'
 
 
 def speed(runs: Sequence[Run], table: Sequence[Figure]) -> str:

@@ -5,13 +5,16 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_cwd.report.known import Known, readable, settings
+from hf_cwd.report.parts import without_repetitions
 from hf_cwd.report.series import Series, by_key
 
-STATE, RECORD = "trainer_state.json", "cwd_run.json"
+STATE, RECORD, CONFIG, RESULTS, CARD = (
+    "trainer_state.json", "cwd_run.json", "config.json", "all_results.json", "README.md"
+)  # fmt: skip
 SEED_IN_NAME = re.compile(r"[-_.+]*(?<![a-z])(?:seed|s)[-_=]?(\d+)(?![a-z0-9])", re.IGNORECASE)
 # What the Trainer keeps of its arguments in its state: the first ones change the training, the others what is written.
 TRAINING, WRITING = ("max_steps", "num_train_epochs", "train_batch_size"), ("logging_steps", "eval_steps", "save_steps")
@@ -24,7 +27,7 @@ class Run(NamedTuple):
     directory: Path
     history: list[dict[str, Any]]
     logged: dict[str, Series]  # the numbers in it, by key
-    settings: dict[str, Any]
+    known: Known
     results: dict[str, Any]
     seed: int | None
     identity: tuple[str, ...]  # equal for runs that differ only in the seed
@@ -32,6 +35,11 @@ class Run(NamedTuple):
     max_steps: int
     recorded: bool  # in RECORD: all its settings are known
     notes: list[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is known of its settings."""
+        return self.known.values
 
     def series(self, key: str) -> Series:
         """What was logged under `key`."""
@@ -56,12 +64,6 @@ def read(paths: Sequence[str | Path]) -> list[Run]:
     found = {each.resolve(): each for path in paths for each in _below(Path(os.path.abspath(path)))}
     top = os.path.commonpath([each.parent for each in found.values()])
     return [_run(each, readable(os.path.relpath(each, top))) for each in found.values()]
-
-
-@cache
-def readable(text: str) -> str:
-    """`text` with what cannot be printed or encoded replaced."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _below(path: Path) -> Iterator[Path]:
@@ -105,22 +107,20 @@ def _run(directory: Path, name: str) -> Run:
     beside = [directory] if path.parent == directory else [directory, path.parent]
     if directory.name.startswith("checkpoint-"):
         beside.append(directory.parent)
-    record, config, results = (_first(beside, file) for file in (RECORD, "config.json", "all_results.json"))
-    card = _card(beside)
+    record, config, results = (_first(beside, file) for file in (RECORD, CONFIG, RESULTS))
     kept = {key: state[key] for key in (*TRAINING, *WRITING) if state.get(key) is not None}
-    own = _short(_flat(record) or card)
-    model = {f"model.{key}": value for key, value in _flat(config).items()}
+    known = settings(record, _card(beside), kept, config)
     step = max([_whole(state.get("global_step")), *(entry["step"] for entry in history)])
-    same = {**{key: kept.get(key) for key in TRAINING}, **own}
+    same = {**{key: kept.get(key) for key in TRAINING}, **known.own}
     identity = tuple(sorted(f"{key}={value}" for key, value in same.items() if key not in OF_ONE_RUN))
     return Run(
         name=name,
         directory=directory,
         history=history,
-        logged=by_key(history),
-        settings={**model, **kept, **own},
+        logged=without_repetitions(by_key(history)),
+        known=known,
         results=results,
-        seed=_seed(own, name),
+        seed=_seed(known.own, name),
         # A record says all of what the run was. Without one, its name must say the rest.
         identity=("" if record else without_seed(name), *identity),
         step=step,
@@ -178,30 +178,9 @@ def _history(path: Path, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]]
     return history, notes
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, with dotted keys; lists as JSON; without what is null."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        name = prefix + readable(str(key))
-        if isinstance(item, Mapping):
-            flat.update(_flat(item, f"{name}."))
-        elif item is not None:
-            flat[name] = item if isinstance(item, str | int | float) else json.dumps(item)
-    return flat
-
-
-def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys by their last part, where that is one setting's only."""
-    last = [key.rsplit(".", 1)[-1] for key in settings]
-    return {
-        short if last.count(short) == 1 else key: value
-        for short, (key, value) in zip(last, settings.items(), strict=True)
-    }
-
-
 def _card(directories: Sequence[Path]) -> dict[str, Any]:
     """The hyper-parameters that the Trainer's model card lists."""
-    path = next((d / "README.md" for d in directories if (d / "README.md").is_file()), None)
+    path = next((d / CARD for d in directories if (d / CARD).is_file()), None)
     text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
     section = re.search(r"^### Training hyperparameters\n(.*?)(?:^#|\Z)", text, re.MULTILINE | re.DOTALL)
     items = re.findall(r"^- (\w+): (.+(?:\n(?!- |\n).+)*)", section[1] if section else "", re.MULTILINE)

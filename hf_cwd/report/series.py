@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from hf_cwd.report.measures import CWD, OF_STEPS, STEP
+
 
 class Series(NamedTuple):
     """Steps in ascending order and, for each, a value, which may be NaN or infinite."""
@@ -71,12 +73,16 @@ def by_key(history: Iterable[dict[str, Any]]) -> dict[str, Series]:
     """The numbers logged under each key, in the order in which the keys appear.
 
     A run that was resumed goes through some steps again: what it logged after going back replaces what stood there.
+    Measures of an earlier step than the entry's, whose number the entry has as ``cwd/step``, stand at theirs.
     """
     found: dict[str, Series] = {}
     for entry in history:
-        step = entry["step"]
+        measured = entry.get(STEP)
+        if isinstance(measured, bool) or not isinstance(measured, int) or not 0 <= measured <= entry["step"]:
+            measured = entry["step"]
         for key, value in entry.items():
-            if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+            step = measured if key.startswith(CWD) and key.rsplit("/", 1)[-1] in OF_STEPS else entry["step"]
+            if key in ("step", STEP) or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             steps, values = found.setdefault(key, Series([], []))
             while steps and steps[-1] >= step:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
-from hf_cwd.report.compare import Paired, Setting, by_seed, differing, paired, spread
-from hf_cwd.report.figures import Figure
+from hf_cwd.report.compare import Paired, Setting, by_seed, paired, spread
+from hf_cwd.report.figures import Figure, logged_keys, of_key
+from hf_cwd.report.measures import CWD, part_in_words
+from hf_cwd.report.parts import measures, parts
 from hf_cwd.report.read import Run
 from hf_cwd.report.series import mean
 
@@ -68,7 +69,7 @@ def seeds(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Fi
             deviation = spread(values)
             text = figure.kind.text(mean(values))
             if deviation is not None:
-                text += f" ± {_unsigned(figure, deviation)}"
+                text += f" ± {_unsigned(figure, mean(values), deviation)}"
             count = "" if len(values) == len(setting.members) else f'<span class="difference">of {len(values)}</span>'
             row.append(f"<td>{escape(text)}{count}</td>")
         rows.append(row)
@@ -122,41 +123,30 @@ def verdict(result: Paired) -> str:
     return said + few + left_out
 
 
-def differences(runs: Sequence[Run]) -> str:
-    """The settings that differ, and the others folded away."""
-    apart, common = differing(runs)
-    parts = []
-    if apart:
-        rows = [
-            [run.name, *(f"<td>{_shown(values[i], run)}</td>" for values in apart.values())]
-            for i, run in enumerate(runs)
-        ]
-        parts.append(table("Settings that differ", ["Run", *apart], rows))
-    elif len(runs) > 1:
-        parts.append("<p>No known setting differs between the runs.</p>")
-    if common:
-        rows = [[key, f'<td class="text">{_shown(value)}</td>'] for key, value in common.items()]
-        title = f"{len(common)} settings that all runs have in common" if len(runs) > 1 else f"{len(common)} settings"
-        fold = table("Settings in common", ["Setting", "Value"], rows, text=1)
-        parts.append(f"<details><summary>{title}</summary>{fold}</details>")
-    return "\n".join(parts) or "<p>Nothing is known of the settings.</p>"
+def by_part(runs: Sequence[Run]) -> str:
+    """A row for each part of each run that was logged by itself."""
+    keys = logged_keys(runs)
+    names = measures(keys)
+    rows = []
+    for part in parts(keys):
+        columns = [of_key(runs, f"{CWD}{part}/{name}") for name in names]
+        for place, run in enumerate(runs):
+            if any(column.values[place] is not None for column in columns):
+                values = [(column.kind, column.values[place]) for column in columns]
+                cells = [f"<td>{NOTHING if v is None else escape(kind.text(v))}</td>" for kind, v in values]
+                name = f"{part_in_words(part)}: {run.name}" if len(runs) > 1 else part_in_words(part)
+                rows.append([name, *cells])
+    head = [
+        "Part: run" if len(runs) > 1 else "Part",
+        *(of_key(runs, f"{CWD}{parts(keys)[0]}/{name}").label for name in names),
+    ]
+    return table("By rule and parameter group", head, rows)
 
 
-def _shown(value: Any, run: Run | None = None) -> str:
-    if value is None:
-        return f'<span class="muted">{"not set" if run and run.recorded else "not known"}</span>'
-    text = str(value) if isinstance(value, str | bool | int) else _as_given(value)
-    return escape(text if len(text) <= 200 else f"{text[:199]}…")
-
-
-def _as_given(value: float) -> str:
-    """As it was given: `1e-3` was not `0.001000`."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-def _unsigned(figure: Figure, deviation: float) -> str:
+def _unsigned(figure: Figure, middle: float, deviation: float) -> str:
     """A spread, with the digits of a difference."""
-    return figure.kind.difference(deviation, 0.0).removeprefix("+").removesuffix(" points")
+    text = figure.kind.difference(middle + deviation, middle)
+    return text.removeprefix("+").removesuffix(" points")
 
 
 def _listed(seeds: Iterable[int | None]) -> str:

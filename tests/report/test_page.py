@@ -3,59 +3,17 @@
 import math
 import random
 import re
-from html.parser import HTMLParser
 
 import pytest
 from matplotlib.image import imread
 
 from hf_cwd.report import page, svg
-from hf_cwd.report.charts import POINTS, charts
+from hf_cwd.report.charts import POINTS
+from hf_cwd.report.plan import charts
 from hf_cwd.report.read import read
-from tests.report.conftest import logged
+from tests.report.conftest import logged, written
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = "<script>alert(1)<script>&\"'$x_1$ %s {0}"
-
-
-class Page(HTMLParser):
-    """Elements, ids and texts; raises where tags are not nested."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.ids, self.links, self.open, self.cells, self.texts = [], [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.links += [attributes[key] for key in ("href", "src", "xlink:href", "action", "data") if key in attributes]
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("td", "th"):
-            self.cells[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-        if self.open and "table" in self.open and {"td", "th"} & set(self.open):
-            self.cells[-1][-1] += data
-
-
-def written(paths, folder):
-    text = page.write(paths, folder).read_text(encoding="utf-8")
-    return text, Page(text)
 
 
 def test_numbers_and_differences_of_two_runs(make_run, tmp_path):
@@ -81,18 +39,6 @@ def test_means_and_intervals_of_two_settings(make_run, tmp_path):
     row = next(cells for cells in parsed.cells if cells[0] == "Training loss (last 10 %): cwd")
     assert row[1:4] == ["1, 2, 3", f"{minus}0.2000", f"{minus}0.4484 to +0.0484"]
     assert row[4] == "Not told apart: the interval holds 0."
-
-
-def test_settings_that_differ(make_run, tmp_path):
-    paths = [
-        make_run("a", logged({1: 1.0}), record={"optim": "cwd_lion", "learning_rate": 1e-3}),
-        make_run("b", logged({1: 1.0}), record={"optim": "cwd_lion", "learning_rate": 3e-4, "mask": "gt"}),
-    ]
-    _, parsed = written(paths, tmp_path / "out")
-    assert ["Run", "learning_rate", "mask"] in parsed.cells
-    assert ["b", "0.0003", "gt"] in parsed.cells
-    assert ["a", "0.001", "not set"] in parsed.cells
-    assert ["optim", "cwd_lion"] in parsed.cells
 
 
 def test_one_page_that_refers_to_nothing_outside(make_run, tmp_path):

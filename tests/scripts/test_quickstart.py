@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from transformers import Trainer
 
 from hf_cwd.report.compare import differing
-from hf_cwd.report.figures import FRACTION
+from hf_cwd.report.measures import FRACTION
 from hf_cwd.report.read import read
 
 
