@@ -9,13 +9,11 @@ import json
 import lzma
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 from datasets import Dataset
+from digits import write
 from lm_data import train_tokenizer
-from material import LLAMA, TEMPLATE, VIT, WORDS
-from sklearn.datasets import load_digits
+from material import LLAMA, TEMPLATE, VIT
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,14 +109,10 @@ def arguments(flags, model, pairs):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """train/ and validation/, every fifth image, as WORD/NUMBER.png; config.json."""
+    """What scripts/digits.py writes, and config.json."""
     folder = tmp_path_factory.mktemp("digits")
     (folder / "config.json").write_text(json.dumps(VIT))
-    data = load_digits()
-    for i, (pixels, target) in enumerate(zip(data.images, data.target, strict=True)):
-        path = folder / ("validation" if i % 5 == 4 else "train") / WORDS[target] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(path)
+    write(folder)
     return folder
 
 

