@@ -126,8 +126,8 @@ class CWDSGD(CWDOptimizer):
     """SGD with momentum and cautious weight decay (arXiv 2510.12402, Algorithm 2 with ``ema=True``).
 
     The recursion is that of :func:`hf_cwd.rules.sgd.direction`, torch.optim.SGD's by default. The decay is decoupled,
-    unlike torch.optim.SGD's, which adds ``weight_decay * x`` to the gradient. States: ``step``, and ``momentum_buffer`` where
-    ``momentum`` is not 0.
+    unlike torch.optim.SGD's, which adds ``weight_decay * x`` to the gradient. States: ``step``, and
+    ``momentum_buffer`` where ``momentum`` is not 0.
 
     Args:
         ema: True is the paper's momentum, ``m <- momentum m + (1 - momentum) g``.

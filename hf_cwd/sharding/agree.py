@@ -44,6 +44,20 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This rank's number."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank gave, in the order of ranks. It waits until all have, and is for little that happens seldom."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def are_copies(params: Sequence[Tensor], device: torch.device) -> list[bool]:
     """For each parameter, whether all ranks have the same bits in it, as far as two sums of them tell."""
     sums = []

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_cwd.trainer.naming import PREFIX, chosen
 
-LOGS, NOT_FINITE = ("summary", "groups", "off"), ("stop", "skip", "ignore")
+LOGS, NOT_FINITE, VERIFY = ("summary", "groups", "off"), ("stop", "skip", "ignore"), ("full", "fast", "off")
 
 
 @dataclass(init=False)  # a subclass without @dataclass must find its other base's __init__, and is then told
@@ -25,6 +25,8 @@ class CWDArgumentsMixin:
         cwd_not_finite: what :class:`hf_cwd.CWDTrainer` does about a step whose gradients are not finite: ``"stop"``
             (raise before the step), ``"skip"`` (leave weights and states as they are; 20 times in a row is an error)
             or ``"ignore"``. Other Trainers do not look.
+        cwd_verify: what a checkpoint is compared with before a run goes on from it: ``"full"`` (the checksums of all
+            files), ``"fast"`` (sizes, and the headers of safetensors) or ``"off"``.
 
     Raises:
         ValueError: another value, ``cwd_log`` for an optimizer that is not of this package, or one that contradicts
@@ -60,6 +62,14 @@ class CWDArgumentsMixin:
             "choices": NOT_FINITE,
         },
     )
+    cwd_verify: str = field(
+        default="full",
+        metadata={
+            "help": "How a checkpoint is compared with its manifest before a run goes on from it: full (checksums), "
+            "fast (sizes and headers) or off.",
+            "choices": VERIFY,
+        },
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,6 +91,7 @@ class CWDArgumentsMixin:
         for key, value, valid in (
             ("cwd_log", self.cwd_log, (None, *LOGS)),
             ("cwd_not_finite", self.cwd_not_finite, NOT_FINITE),
+            ("cwd_verify", self.cwd_verify, VERIFY),
         ):
             if value not in valid:
                 raise ValueError(f"{key}={value!r} does not exist: give one of {', '.join(filter(None, valid))}")

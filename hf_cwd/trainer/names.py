@@ -27,6 +27,7 @@ _CALLBACKS = {
     "hf_cwd.trainer.diagnostics": "DiagnosticsCallback",
     "hf_cwd.trainer.guards": "OptimizerGuard",
     "hf_cwd.trainer.record": "RunRecordCallback",
+    "hf_cwd.trainer.manifests": "CheckpointCallback",
 }
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
 

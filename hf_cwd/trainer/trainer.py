@@ -10,10 +10,13 @@ from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.trainer import card
 from hf_cwd.trainer.guards import innermost
 from hf_cwd.trainer.health import FiniteGuard
+from hf_cwd.trainer.loaded_sharded import LoadedSharded
+from hf_cwd.trainer.manifests import CheckpointCallback
 from hf_cwd.trainer.naming import PREFIX, chosen, names
+from hf_cwd.trainer.saving import SavingMixin
 
 
-class CWDTrainerMixin:
+class CWDTrainerMixin(LoadedSharded, SavingMixin):
     """Makes a Trainer, or a class made of it such as TRL's, one that trains with cautious weight decay or not at all.
 
     It comes first among the bases. Any TrainingArguments do whose ``optim`` is ``cwd_*``;
@@ -24,6 +27,11 @@ class CWDTrainerMixin:
     - A step whose gradients are not finite stops the run on all ranks, before it is made, with an error that names the
       parameters; or it is skipped by all ranks (``cwd_not_finite``): weights, states and step counts stay as they are,
       the batch is used up, ``global_step`` and the schedule go on, and logs have the number as ``cwd/skipped_steps``.
+    - A checkpoint gets its name when all of it is on the disk, with a manifest; a run that is killed while it saves
+      goes on from the one before it. ``resume_from_checkpoint=True`` takes the newest that is what was saved, and no
+      run goes on from one that is not (``cwd_verify``).
+    - Models that transformers shards at load time (``DistributedConfig``) can be saved and resumed, on as many ranks
+      and with the same configuration.
     - The model card says what trained the model.
 
     Raises:
@@ -52,6 +60,7 @@ class CWDTrainerMixin:
                 "@dataclass class Arguments(CWDArgumentsMixin, SFTConfig)"
             ) from error
         self._check_optimizer(self.args, (self.optimizer, None), self.optimizer_cls_and_kwargs)
+        self.remove_callback(CheckpointCallback)  # for what SavingMixin does itself
 
     def _check_optimizer(self, args: Any, optimizers: Any, cls_and_kwargs: Any) -> None:
         kind = type(self).__name__

@@ -48,7 +48,7 @@ def test_the_base_s_defaults_but_for_the_optimizer(kind, tmp_path):
     assert (args.cwd_log, args.cwd_not_finite, args.optim_args) == (None, "stop", None)
     given, expected = args.to_dict(), plain.to_dict()
     assert {key for key in expected if given[key] != expected[key]} == {"optim"}
-    assert given.keys() - expected.keys() == {"cwd_log", "cwd_not_finite"} | ({"own"} & given.keys())
+    assert given.keys() - expected.keys() == {"cwd_log", "cwd_not_finite", "cwd_verify"} | ({"own"} & given.keys())
     # The base's positional order is kept.
     names = [field.name for field in fields(base)]
     assert [field.name for field in fields(kind)][: len(names)] == names

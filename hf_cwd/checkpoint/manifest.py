@@ -1,0 +1,281 @@
+"""The manifest of a checkpoint, ``cwd_manifest.json``: all its files, and whether they are still what was saved."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_cwd.checkpoint.files import (
+    CHUNK,
+    CheckpointError,
+    Entry,
+    check_relative,
+    checksums,
+    header,
+    inside,
+    regular_size,
+    replace_durably,
+    sync_directory,
+)
+
+NAME = "cwd_manifest.json"
+FORMAT = 1
+NAMED = 5  # problems that an error lists
+LARGEST = 2**28  # bytes of a manifest
+# Other files may lie in a checkpoint, but none that a resume would take for a part of it.
+LOADED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".safetensors", ".distcp", ".index.json", ".metadata")
+LOADED_NAMES = ("latest", "trainer_state.json", "adapter_config.json")
+ADVICE = (
+    "Copy the checkpoint again if it was copied, or resume from another one: resume_from_checkpoint=True takes the "
+    "newest that is whole. cwd_verify='off' does not look"
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was saved: the Trainer's step, the number of ranks, versions of packages, and files by their paths.
+
+    ``is_resumable`` is False for weights alone, from which no run can go on.
+    """
+
+    step: int
+    world_size: int
+    is_resumable: bool
+    versions: dict[str, str]
+    files: dict[str, Entry]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def describe(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Entry]:
+    """What a manifest says of files, each of which is on the disk when this returns.
+
+    Args:
+        names: paths within the directory, with slashes; None means all but the manifest itself.
+
+    Raises:
+        CheckpointError: a file is no regular one, leads out of the directory, or is damaged safetensors.
+    """
+    directory = Path(directory)
+    chosen = [name for name in (inside(directory) if names is None else names) if not _is_own(name)]
+    sizes = {name: regular_size(directory, name) for name in chosen}
+    sums = checksums(directory, chosen, sync=True)
+    return {name: Entry(sizes[name], sums[name], header(directory, name)) for name in chosen}
+
+
+def write(
+    directory: str | Path,
+    *,
+    step: int,
+    world_size: int,
+    versions: Mapping[str, str],
+    is_resumable: bool = True,
+    files: Mapping[str, Entry] | None = None,
+) -> Manifest:
+    """Writes the manifest last: when it is there, all that it names is on the disk.
+
+    Args:
+        files: what :func:`describe` has said, on several ranks perhaps; None describes all of them here.
+
+    Raises:
+        CheckpointError: see :func:`describe`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from hf_cwd.checkpoint import manifest
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "weights.bin").write_bytes(bytes(100))
+        ...     _ = manifest.write(folder, step=3, world_size=1, versions={"torch": "2.13"})
+        ...     before = manifest.verify(folder).step
+        ...     _ = Path(folder, "weights.bin").write_bytes(bytes(99))
+        ...     try:
+        ...         manifest.verify(folder)
+        ...     except manifest.CheckpointError as error:
+        ...         print(before, "weights.bin has 99 bytes instead of 100" in str(error))
+        3 True
+    """
+    directory = Path(directory)
+    described = dict(describe(directory) if files is None else files)
+    written = Manifest(step, world_size, is_resumable, dict(versions), described)
+    for folder, _, _ in os.walk(directory):
+        sync_directory(Path(folder))
+    body = asdict(written)
+    text = json.dumps({"format": FORMAT, "sha256": _digest(body), **body}, indent=1)
+    replace_durably(directory / NAME, text.encode())
+    return written
+
+
+def exists(directory: str | Path) -> bool:
+    """Whether there is a manifest, good or not."""
+    return os.path.lexists(Path(directory) / NAME)
+
+
+def read(directory: str | Path) -> Manifest:
+    """The manifest of a checkpoint, by which nothing was compared yet.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or of a later format, or it names files elsewhere.
+    """
+    directory = Path(directory)
+    try:
+        if regular_size(directory, NAME) > LARGEST:
+            raise CheckpointError(f"{NAME} is larger than any manifest")
+        return _parsed((directory / NAME).read_bytes())
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} cannot be verified: {error}", ADVICE) from None
+
+
+def verify(directory: str | Path, *, fast: bool = False) -> Manifest:
+    """Compares a checkpoint with its manifest; loads nothing.
+
+    Args:
+        fast: compare sizes and the headers of safetensors only.
+
+    Raises:
+        CheckpointError: they differ; it names the files, what differs and what to do.
+    """
+    found = read(directory)
+    check(directory, problems(directory, found, fast=fast))
+    return found
+
+
+def check(directory: str | Path, found: list[str]) -> None:
+    """Raises a CheckpointError that lists problems, if there are any."""
+    if found:
+        more = f"; and {len(found) - NAMED} more" if found[NAMED:] else ""
+        raise CheckpointError(f"{directory} is not what was saved: {'; '.join(found[:NAMED])}{more}", ADVICE)
+
+
+def problems(directory: str | Path, manifest: Manifest, *, fast: bool = False, share: slice = slice(None)) -> list[str]:
+    """What differs between a checkpoint and its manifest; see :func:`verify`.
+
+    Args:
+        share: which of the files to look at, in the manifest's order, where ranks divide them.
+    """
+    directory = Path(directory)
+    found, whole = [], []
+    for name in list(manifest.files)[share]:
+        entry = manifest.files[name]
+        try:
+            size = regular_size(directory, name)
+            if size != entry.size:
+                cut = ": it was cut off" if size < entry.size else ""
+                raise CheckpointError(f"{name} has {size} bytes instead of {entry.size}{cut}")
+            _compare_headers(name, entry, header(directory, name))
+        except CheckpointError as error:
+            found.append(str(error))
+        else:
+            whole.append(name)
+    if not fast:
+        for name, sums in checksums(directory, whole, sync=False).items():
+            bad = [i for i, (now, then) in enumerate(zip(sums, manifest.files[name].crc32, strict=True)) if now != then]
+            if bad:
+                found.append(f"{name} was changed, in {_place(bad, manifest.files[name].size)}")
+    if not (share.start or 0):  # one look at what is not in the manifest is enough
+        found += _foreign(directory, manifest)
+    return found
+
+
+def _foreign(directory: Path, manifest: Manifest) -> list[str]:
+    found = []
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            relative = Path(folder, name).relative_to(directory).as_posix()
+            if relative not in manifest.files and (name.endswith(LOADED) or name in LOADED_NAMES):
+                found.append(f"{relative} is not of this checkpoint, and would be loaded with it")
+    return sorted(found)
+
+
+def _compare_headers(name: str, entry: Entry, now: dict[str, tuple[str, tuple[int, ...]]] | None) -> None:
+    for tensor in sorted({*(entry.tensors or {}), *(now or {})}):
+        then, there = (entry.tensors or {}).get(tensor), (now or {}).get(tensor)
+        if then != there:
+            raise CheckpointError(f"{name}: tensor {tensor} is {_kind(there)}, and was {_kind(then)} when it was saved")
+
+
+def _kind(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "not there" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
+
+
+def _place(chunks: list[int], size: int) -> str:
+    places = [f"{chunk * CHUNK} to {min(size, (chunk + 1) * CHUNK) - 1}" for chunk in chunks[:NAMED]]
+    return f"bytes {', '.join(places)}{' and others' if chunks[NAMED:] else ''}"
+
+
+def _is_own(name: str) -> bool:
+    return name in (NAME, f".{NAME}.part")
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(content: bytes) -> Manifest:
+    try:
+        body = json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_number)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{NAME} is damaged: it is no JSON") from None
+    if not isinstance(body, dict) or type(body.get("format")) is not int:
+        raise CheckpointError(f"{NAME} is damaged: it has no format")
+    if body["format"] != FORMAT:
+        raise CheckpointError(
+            f"{NAME} has format {body['format']}, and this hf_cwd reads format {FORMAT}: update hf_cwd"
+        )
+    del body["format"]
+    if body.pop("sha256", None) != _digest(body):
+        raise CheckpointError(f"{NAME} was changed after it was written, or is cut off")
+    _expect(body, {"step", "world_size", "is_resumable", "versions", "files"})
+    versions, files = body["versions"], body["files"]
+    if not (isinstance(versions, dict) and all(isinstance(v, str) for v in versions.values())):
+        raise CheckpointError(f"{NAME} has versions that are no text")
+    if type(body["is_resumable"]) is not bool:
+        raise CheckpointError(f"{NAME} does not say whether it is resumable")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{NAME} names no files")
+    step, world = _number(body["step"]), _number(body["world_size"])
+    entries = {check_relative(name): _entry(item) for name, item in files.items()}
+    return Manifest(step, world, body["is_resumable"], versions, entries)
+
+
+def _entry(item: Any) -> Entry:
+    _expect(item, {"size", "crc32", "tensors"})
+    size, sums, tensors = _number(item["size"]), item["crc32"], item["tensors"]
+    if not isinstance(sums, list) or len(sums) != len(range(0, max(1, size), CHUNK)):
+        raise CheckpointError(f"{NAME} has not the checksums of a file of {size} bytes")
+    if tensors is not None:
+        try:
+            tensors = {key: (str(dtype), tuple(map(_number, shape))) for key, (dtype, shape) in tensors.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise CheckpointError(f"{NAME} has tensors that are none") from None
+    return Entry(size, tuple(map(_number, sums)), tensors)
+
+
+def _expect(item: Any, keys: set[str]) -> None:
+    if not isinstance(item, dict) or item.keys() != keys:
+        raise CheckpointError(f"{NAME} has an item that is not {', '.join(sorted(keys))}")
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise CheckpointError(f"{NAME} has {str(value)[:40]!r} where a number must be")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise CheckpointError(f"{NAME} has a key twice")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise CheckpointError(f"{NAME} has {text} where a number must be")

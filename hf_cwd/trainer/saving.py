@@ -1,0 +1,147 @@
+"""How :class:`hf_cwd.CWDTrainer` saves: a checkpoint has its name only when all of it is on the disk."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+import hf_cwd
+from hf_cwd.checkpoint import manifest
+from hf_cwd.checkpoint.files import CheckpointError
+from hf_cwd.checkpoint.storage import Storage, together
+from hf_cwd.trainer.log import warn_once
+from hf_cwd.trainer.resuming import chosen_checkpoint, missing
+
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
+
+
+class SavingMixin:
+    """The saving and resuming of :class:`hf_cwd.CWDTrainerMixin`.
+
+    The Trainer's ``_save_checkpoint`` saves, notes the best checkpoint, pushes and rotates in one method. Here it saves
+    into a directory beside the checkpoints, in which there is nothing to rotate; then all ranks' files are put onto the
+    disk, the manifest is written, and the checkpoint gets its name. After that it is pushed, and old ones are removed.
+    """
+
+    _cwd_storage: Storage | None = None
+    _cwd_staging: Path | None = None
+    _cwd_is_to_push = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, from a checkpoint that was compared with its manifest before.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, which must be what was saved; or True, the newest in the output
+                directory that is.
+
+        Raises:
+            CheckpointError: a ValueError that says what differs, or why no checkpoint will do.
+        """
+        if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
+            storage = self._cwd_storage_of(self.args.output_dir, saves=self.args.save_strategy != SaveStrategy.NO)
+            resume_from_checkpoint = chosen_checkpoint(
+                storage, resume_from_checkpoint, mode=getattr(self.args, "cwd_verify", "full")
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _cwd_storage_of(self, directory: str | Path, *, saves: bool = True) -> Storage:
+        """What is known of a directory, found out once; a run that does not save need not be able to write there."""
+        known = self._cwd_storage
+        if known is None or known.directory != Path(directory) or (saves and not known.is_probed):
+            self._cwd_storage = Storage(directory, is_probed=saves)
+        return self._cwd_storage
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._cwd_staging is None else str(self._cwd_staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._cwd_staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self._cwd_is_to_push = True
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        storage, name = self._cwd_storage_of(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        staging = None
+        try:
+            staging = storage.stage(name)
+            self._cwd_staging, self._cwd_is_to_push = staging, False
+            try:
+                super()._save_checkpoint(model, trial, *args, **kwargs)
+            finally:
+                self._cwd_staging = None
+            if (staging / name).is_dir():
+                self._cwd_note_best(storage, staging / name)
+                self._cwd_seal(storage, staging / name)
+                storage.publish(staging, name)
+            else:
+                # A subclass, or another version of the Trainer, that does not ask _get_output_dir for the directory.
+                warn_once(
+                    f"{type(self).__name__} saved {name} directly, not where CWDTrainer told it: the manifest is "
+                    "written afterwards, and a run that is killed in between leaves a checkpoint without one"
+                )
+                storage.discard(staging)
+                self._cwd_seal(storage, storage.directory / name)
+        except Exception as error:
+            self.state.best_model_checkpoint = best
+            if staging is not None:
+                storage.discard(staging)
+            raise RuntimeError(_failure(storage, name, error)) from error
+        if self._cwd_is_to_push:
+            super()._push_from_checkpoint(str(storage.directory / name))
+        best = self.state.best_model_checkpoint
+        storage.rotate(self.args.save_total_limit, [name] if best is None else [name, Path(best).name])
+
+    def _cwd_seal(self, storage: Storage, checkpoint: Path) -> None:
+        is_resumable = not self.args.save_only_model
+        if not storage.is_one and is_resumable:
+            together(lambda: _check_node(checkpoint) if storage.is_keeper else None)
+        storage.seal(checkpoint, step=self.state.global_step, versions=versions(), is_resumable=is_resumable)
+
+    def _cwd_note_best(self, storage: Storage, checkpoint: Path) -> None:
+        """The best checkpoint's path, of which the Trainer saw in the other directory only this one's, if any."""
+        step, seen = self.state.best_global_step, self.state.best_model_checkpoint
+        if not step or self.args.save_strategy == SaveStrategy.NO:
+            return
+        path = storage.directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == self.state.global_step or path.exists():
+            self.state.best_model_checkpoint = str(path)
+        if self.state.best_model_checkpoint != seen and self.args.should_save:
+            self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that wrote a checkpoint."""
+    found = {"hf_cwd": hf_cwd.__version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_node(checkpoint: Path) -> None:
+    if lacks := missing(checkpoint):
+        raise CheckpointError(
+            f"on this node it has no {', no '.join(lacks)}",
+            f"Nodes have disks of their own here, and transformers {transformers.__version__} does not write all that "
+            "each needs, with save_on_each_node or without: give an --output_dir that all nodes share",
+        )
+
+
+def _failure(storage: Storage, name: str, error: Exception) -> str:
+    whole = [
+        other
+        for other in storage.checkpoints().values()
+        if other != name and manifest.exists(storage.directory / other)
+    ]
+    last = f"{whole[-1]} and those before it are as they were" if whole else "no checkpoint was saved before it"
+    return (
+        f"{name} could not be saved in {storage.directory}: {type(error).__name__}: {error}. Nothing else was touched: "
+        f"{last}. Make room, or see to what the error says, and go on by resume_from_checkpoint=True"
+    )
