@@ -64,11 +64,11 @@ def _sgd(g, state, t, *, momentum, dampening, nesterov, ema):
     if momentum == 0:
         return g, g, {}
     if ema:
-        u, s, m = paper.sgd(g, state["exp_avg"], beta=momentum, nesterov=nesterov)
+        u, s, m = paper.sgd(g, state["momentum_buffer"], beta=momentum, nesterov=nesterov)
     else:
-        m = None if t == 1 else state["exp_avg"]
+        m = None if t == 1 else state["momentum_buffer"]
         u, s, m = paper.classical_sgd(g, m, momentum=momentum, dampening=dampening, nesterov=nesterov)
-    return u, s, {"exp_avg": m}
+    return u, s, {"momentum_buffer": m}
 
 
 # A rule of the package by the paper's algorithm: (g, state, t, **hyper-parameters) -> (u, s, state), state named as in

@@ -97,7 +97,7 @@ def _gradient_descent(f, x, state, t, lr, wd):
 
 
 def _momentum(f, x, state, t, lr, wd):
-    m = state["exp_avg"]
+    m = state["momentum_buffer"]
     return f + (m @ m) / 2 + wd * (m * x).clamp(min=0).sum()
 
 

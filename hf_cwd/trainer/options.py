@@ -242,7 +242,7 @@ def effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Every value that the optimizer runs with, defaults included."""
     values = {key: arguments[key] for key in ("lr", "weight_decay")}
     for option in options(rule_name).values():
-        if option.argument in LOG:
+        if option.argument in (*LOG, "on_rule_change"):  # no setting of the training
             continue
         default = arguments["lr"] if option.argument.endswith("_lr") else option.kind.default
         values[option.argument] = arguments.get(option.argument, default)
