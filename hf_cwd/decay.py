@@ -78,7 +78,8 @@ def step_(
         scale: positive factor on the direction.
         cautious: False decays every element (plain decoupled decay), by the same code.
         mask: see :func:`cautious_mask`.
-        sums: four float64 numbers, on the parameter's device, to which :func:`observed` is added, when given.
+        sums: four numbers of :func:`sum_dtype`, on the parameter's device, to which :func:`observed` is added, when
+            given.
     """
     decays = weight_decay != 0
     mask_ = cautious_mask(direction, param, mask=mask) if decays and cautious else None
@@ -103,15 +104,20 @@ def observed(param: Tensor, direction: Tensor, *, decays: bool, decayed: Tensor 
         decayed: the mask of :func:`cautious_mask`; None where all elements are decayed.
 
     Returns:
-        Four float64 numbers: decayed elements, the sum of u^2, of x^2, and of the decayed x^2.
+        Four numbers of :func:`sum_dtype`: decayed elements, the sum of u^2, of x^2, and of the decayed x^2.
     """
-    squares = param.square()
-    weight = squares.sum(dtype=torch.float64)
+    squares, dtype = param.square(), sum_dtype(param.device)
+    weight = squares.sum(dtype=dtype)
     if not decays:
         number = among = torch.zeros_like(weight)
     elif decayed is None:
         number, among = torch.full_like(weight, param.numel()), weight
     else:
-        number = decayed.sum(dtype=torch.float64)
-        among = squares.masked_fill_(decayed == 0, 0).sum(dtype=torch.float64)
-    return torch.stack([number, direction.square().sum(dtype=torch.float64), weight, among])
+        number = decayed.sum(dtype=dtype)
+        among = squares.masked_fill_(decayed == 0, 0).sum(dtype=dtype)
+    return torch.stack([number, direction.square().sum(dtype=dtype), weight, among])
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums are added up in: float64 where all devices of the kind have it; Apple's and some of Intel's do not."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32

@@ -177,7 +177,9 @@ class StepStatistics(Sums):
                     number, share = owner.number, 1.0
                     if self._device is not None and not owner.apart:
                         share /= _copies(owner.param, copies)
-                    self._settings[number] = given
+                    if number not in self._settings:  # of a tensor lr this step's: a schedule may change it in place
+                        lr = given.lr.clone() if isinstance(given.lr, Tensor) else given.lr
+                        self._settings[number] = given._replace(lr=lr)
                     self._numels[number] = self._numels.get(number, 0.0) + share * p.numel()
                 places.append(number)
                 factors.append((share, share * scale**2, share, share))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_cwd import cautious_mask
-from hf_cwd.decay import step_
+from hf_cwd.decay import step_, sum_dtype
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 MASKS = pytest.mark.parametrize("mask", ["ge", "gt"])
@@ -139,3 +139,8 @@ def test_count_is_exact_for_large_models(cautious):
     for _ in range(3):
         step_(torch.ones(1), torch.ones(1), lr=0.1, weight_decay=0.1, cautious=cautious, sums=sums)
     assert sums.tolist() == [2**24 + 3] * 4
+
+
+def test_sums_are_of_a_dtype_that_the_device_has():
+    kinds = {kind: sum_dtype(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "xpu")}
+    assert kinds == {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32, "xpu": torch.float32}

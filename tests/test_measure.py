@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from hf_cwd import CWDAdamW, CWDMuon, CWDOptimizer, StepStatistics
+from hf_cwd.kernels.base import Item, Settings
 from hf_cwd.measure import Totals
+from hf_cwd.origins import Origins
 from hf_cwd.rules import RULES
 
 LR, DECAY, OTHER_LR = 0.02, 0.3, 0.05
@@ -140,4 +142,19 @@ def test_other_steps_sum_up_nothing(monkeypatch):
     optimizer.param_groups[0]["lr"] = 7.0
     optimizer.step()
     assert statistics.read().total.numel == 4
+    assert statistics.read().total.effective_decay == pytest.approx(0.05)
+
+
+def test_a_learning_rate_that_changes_in_place_is_this_step_s():
+    p = nn.Parameter(torch.ones(4))
+    statistics = StepStatistics()
+    lr = torch.tensor(0.1)
+    settings = Settings((), lr, 0.5, True, "ge", False, "auto", True)
+    statistics.add(
+        [Item(p.detach(), None, (), None, 1, settings)], [1.0], torch.tensor([[4.0, 4.0, 4.0, 4.0]]).double()
+    )
+    origins, group = Origins(), {"params": [p]}
+    origins.add(group, None)
+    statistics.settle([group], origins, None)
+    lr.fill_(7.0)
     assert statistics.read().total.effective_decay == pytest.approx(0.05)

@@ -84,7 +84,7 @@ def _direction(rule: Rule, item: Item, grad: Tensor, state: Sequence[Tensor]) ->
 def _decaying(item: Item, sums: Sums | None, scale: float = 1.0) -> dict[str, Any]:
     own = None
     if sums is not None:
-        own = torch.zeros(1, COLUMNS, dtype=torch.float64, device=item.param.device)
+        own = torch.zeros(1, COLUMNS, dtype=decay.sum_dtype(item.param.device), device=item.param.device)
         sums.add([item], [scale], own)
     given = {name: getattr(item.settings, name) for name in ("lr", "weight_decay", "cautious", "mask")}
     return given | {"scale": scale, "sums": None if own is None else own[0]}

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_cwd.decay import sum_dtype
 from hf_cwd.sharding import dtensor
 from hf_cwd.sharding.pieces import Mesh
 
@@ -34,7 +35,7 @@ def everybody(flags: Sequence[bool], device: torch.device) -> list[bool]:
 
 def total(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The sum over all ranks of each number."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=sum_dtype(device), device=device)
     dist.all_reduce(sums)
     return sums.tolist()
 
