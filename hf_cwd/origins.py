@@ -115,8 +115,7 @@ class Origins:
         if not isinstance(flat, FlatShard):
             return self._name(self._of(group), position, p)
         names = [param.name for param in flat.params]
-        some = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-        return f"the flat tensor of {p.numel()} elements that holds parts of {some}"
+        return f"the flat tensor of {p.numel()} elements that holds parts of {listed(names, most=2)}"
 
     def _of(self, group: Group) -> _Origin | None:
         return next((origin for origin in self._origins if origin.group is group), None)
@@ -126,3 +125,15 @@ class Origins:
         names = (origin.names or origin.group.get("param_names")) if origin is not None else None
         name = f" {names[position]!r}" if names else ""
         return f"parameter{name} of shape {zero.full_shape(p)}"
+
+
+def listed(names: Sequence[str], *, most: int = 3) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def changed(then: Sequence[str], now: Sequence[str]) -> str:
+    """How a list of names, which is another now, has changed."""
+    gone, new = [n for n in then if n not in now], [n for n in now if n not in then]
+    change = [f"{what} {listed(some)}" for what, some in (("no longer", gone), ("now", new)) if some]
+    return "; ".join(change) or "their order is another"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_cwd.matrices import Layout
+from hf_cwd.origins import changed
 from hf_cwd.rules import RULES, Rule
 from hf_cwd.rules.base import state_dtype
 from hf_cwd.states import REMAINDER
@@ -108,11 +109,9 @@ def _check_parameters(number: int, saved: Mapping[str, Any], own: Mapping[str, A
     """Raises ValueError if a group does not hold the parameters that it held when it was saved."""
     names, known = (list(map(_plain, group.get("param_names") or [])) for group in (own, saved))
     if names and known and names != known:
-        gone, new = [n for n in known if n not in names], [n for n in names if n not in known]
-        change = "; ".join(f"{what} {_some(some)}" for what, some in (("no longer", gone), ("now", new)) if some)
         raise ValueError(
             f"parameter group {number} does not hold the parameters that it held when it was saved: "
-            f"{change or 'their order is another'}. Freeze, route and name them as in the run that saved it"
+            f"{changed(known, names)}. Freeze, route and name them as in the run that saved it"
         )
     if len(saved["params"]) != len(own["params"]):
         raise ValueError(
@@ -123,10 +122,6 @@ def _check_parameters(number: int, saved: Mapping[str, Any], own: Mapping[str, A
 
 def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def _layout(group: Mapping[str, Any]) -> Layout | None:

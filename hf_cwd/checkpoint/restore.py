@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_cwd.checkpoint.parts import FORMAT, KEY, STATES, WEIGHTS, describe, file_name, found
+from hf_cwd.origins import changed, listed
 from hf_cwd.sharding.dtensor import local
 
 
@@ -118,11 +119,9 @@ class Part:
         for number, (old, group) in enumerate(zip(saved, own, strict=True)):
             now = [names.get(id(p), "one that the model does not have") for p in group["params"]]
             if now != old["params"]:
-                gone, new = [n for n in old["params"] if n not in now], [n for n in now if n not in old["params"]]
-                change = [f"{what} {_some(some)}" for what, some in (("no longer", gone), ("now", new)) if some]
                 raise ValueError(
                     f"parameter group {number} does not hold the parameters that it held when {self.path} was saved: "
-                    f"{'; '.join(change) or 'their order is another'}. Freeze and route them as in that run"
+                    f"{changed(old['params'], now)}. Freeze and route them as in that run"
                 )
 
 
@@ -183,9 +182,9 @@ def _other_layout(about: Mapping[str, Any], world: int, layout: str) -> str:
 def _difference(about: Mapping[str, Any], own: Mapping[str, dict[str, Any]], layout: str) -> str | None:
     saved = about["tensors"]
     if lost := [name for name in own if name not in saved]:
-        return f"the model has {_some(lost)}, which the checkpoint has not. Make it as in the run that saved it"
+        return f"the model has {listed(lost)}, which the checkpoint has not. Make it as in the run that saved it"
     if lost := [name for name in saved if name not in own]:
-        return f"the checkpoint has {_some(lost)}, which the model has not. Make it as in the run that saved it"
+        return f"the checkpoint has {listed(lost)}, which the model has not. Make it as in the run that saved it"
     for key, advice in (
         ("shape", "the model is another (an embedding that was resized?). Make it as in the run that saved it"),
         ("dtype", "load the model in the dtype that it was trained in"),
@@ -197,7 +196,3 @@ def _difference(about: Mapping[str, Any], own: Mapping[str, dict[str, Any]], lay
         if saved[name].get("rectangles") != now["rectangles"]:
             return f"this rank holds another part of {name}; {_other_layout(about, about['world'], layout)}"
     return None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

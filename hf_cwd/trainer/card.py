@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load, metadata_save
 import hf_cwd
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.naming import PREFIX, chosen
 from hf_cwd.trainer.options import CLASSES
 from hf_cwd.trainer.record import settings

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_cwd.optimizer import CWDOptimizer
+from hf_cwd.origins import listed
 from hf_cwd.rules import RULES
 from hf_cwd.state_dict import RESET
 from hf_cwd.trainer import deepspeed
@@ -150,9 +151,9 @@ def check_parameters(args: Any, optimizer: CWDOptimizer, model: nn.Module) -> No
     left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if left and args.should_log:
         warn_once(
-            f"{name} has no group with {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}, "
-            f"which {type(model).__name__} computes gradients for: they stay as they are. Freeze them, or make the "
-            "optimizer after they were unfrozen, or after the embeddings were resized"
+            f"{name} has no group with {listed(left)}, which {type(model).__name__} computes gradients for: they stay "
+            "as they are. Freeze them, or make the optimizer after they were unfrozen, or after the embeddings were "
+            "resized"
         )
 
 

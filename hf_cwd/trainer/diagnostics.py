@@ -10,7 +10,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_cwd.measure import Statistics, StepStatistics, Totals
 from hf_cwd.optimizer import CWDOptimizer
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.origins import listed
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import warn_once
 from hf_cwd.trainer.naming import chosen, names
 from hf_cwd.trainer.options import parse_optim_args
@@ -148,9 +149,8 @@ def _check_finite(found: Statistics, step: int, args: TrainingArguments, model: 
         return
     named = {p: name for name, p in model.named_parameters()}  # not of what DeepSpeed flattened: that has its own
     names = [named.get(p, text) for p, text in found.not_finite.items()] or ["parameters of another rank"]
-    more = f" and {len(names) - 3} more" if names[3:] else ""
     text = (
-        f"step {step}: not finite: weights, updates or optimizer states of {', '.join(names[:3])}{more}. What is so "
+        f"step {step}: not finite: weights, updates or optimizer states of {listed(names)}. What is so "
         "stays so. Go on from the last checkpoint before it, with a lower learning rate, more warm-up, or gradient "
         "clipping (--max_grad_norm)"
     )

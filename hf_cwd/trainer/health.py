@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cwd.sharding.dtensor import is_dtensor, local
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import logger
 
 MOST = 20  # steps that may be skipped in a row

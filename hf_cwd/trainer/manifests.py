@@ -11,7 +11,7 @@ from hf_cwd.checkpoint import manifest
 from hf_cwd.checkpoint.files import CheckpointError
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.optimizer import CWDOptimizer
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import warn_once
 from hf_cwd.trainer.resuming import check
 from hf_cwd.trainer.saving import versions

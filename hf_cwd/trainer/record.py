@@ -17,7 +17,7 @@ import hf_cwd
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import RULES
 from hf_cwd.sharding.zero import full_shape
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import warn_once
 from hf_cwd.trainer.naming import PREFIX, chosen, names
 from hf_cwd.trainer.options import effective, optimizer_arguments

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.trainer import card
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.health import FiniteGuard
 from hf_cwd.trainer.loaded_sharded import LoadedSharded
 from hf_cwd.trainer.manifests import CheckpointCallback

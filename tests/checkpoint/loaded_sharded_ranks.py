@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 from hf_cwd import CWDTrainer
 from hf_cwd.checkpoint import parts
 from hf_cwd.sharding.dtensor import is_dtensor, local
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from scripts import cpu_ranks
 from tests.launching import free_port
 from tests.sharding import trainer_ranks

@@ -21,7 +21,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_cwd  # noqa: F401
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 from scripts import cpu_ranks
 from tests.sharding import layouts
 from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS

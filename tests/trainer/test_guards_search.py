@@ -10,7 +10,7 @@ from optuna.samplers import GridSampler
 from transformers import Trainer, TrainerCallback
 
 from hf_cwd.trainer import log
-from hf_cwd.trainer.guards import innermost
+from hf_cwd.trainer.checks import innermost
 
 from .conftest import tiny_data, tiny_llama
 
