@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
@@ -40,6 +41,7 @@ from hf_cwd.checkpoint import manifest
 from scripts import cpu_ranks
 
 STEPS = 8
+ROWS = 12  # three steps of two ranks: a run goes over the ends of epochs, and is resumed within one
 LONGEST = 100  # seconds that a run may take: gloo can stand still for ever where a rank was killed
 END = f"checkpoint-{STEPS}"
 DIFFERENT = ("trainer_state.json", "training_args.bin")  # times and paths
@@ -61,16 +63,24 @@ def _fsdp(**config: Any) -> Layout:
     return Layout(arguments={"fsdp": True, "fsdp_config": {"version": 2, **config}})
 
 
-_ZERO3 = {
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto"),
-    "zero_optimization": {"stage": 3},
-}
+def _zero(stage: int, **section: Any) -> Layout:
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {**dict.fromkeys(auto, "auto"), "bf16": {"enabled": "auto"}}
+    return Layout(arguments={"deepspeed": {**config, "zero_optimization": {"stage": stage, **section}}})
+
+
+_OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 LAYOUTS = {
     "one": Layout(1),
     "ddp": Layout(),
     "fsdp2": _fsdp(),
     "fsdp2-sharded": _fsdp(state_dict_type="SHARDED_STATE_DICT"),
-    "zero3": Layout(arguments={"deepspeed": _ZERO3}),
+    "zero1": _zero(1),
+    "zero2": _zero(2),
+    "zero3": _zero(3),
+    "zero1-offload": _zero(1, **_OFFLOAD),
+    "zero2-offload": _zero(2, **_OFFLOAD),
+    "zero3-offload": _zero(3, **_OFFLOAD),
 }
 
 
@@ -79,11 +89,16 @@ def train(
     name: str,
     *,
     steps: int = STEPS,
-    resume: bool = False,
+    resume: bool | str = False,
     kind: type[Trainer] = CWDTrainer,
+    model: Callable[[], torch.nn.Module] | None = None,
     **options: Any,
 ) -> None:
-    """One run, in the process of each rank. One that is over is left alone: the Trainer would make another step."""
+    """One run, in the process of each rank. One that is over is left alone: the Trainer would make another step.
+
+    Args:
+        model: makes another than the tiny Llama; called when DeepSpeed knows how to cut it.
+    """
     if (folder / f"checkpoint-{steps}").is_dir():
         return
     layout = LAYOUTS[name]
@@ -100,11 +115,16 @@ def train(
     if layout.world > 1:
         defaults["ddp_backend"] = "gloo"
     args = CWDTrainingArguments(output_dir=str(folder), **{**defaults, **layout.arguments, **options})
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**MODEL, attention_dropout=0.1))  # dropout: random numbers come back too
-    tokens = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 64, (ROWS, 8), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    kind(model=model, args=args, train_dataset=rows).train(resume_from_checkpoint=resume or None)
+    trainer = kind(model=(model or tiny_llama)(), args=args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume or None)
+
+
+def tiny_llama(seed: int = 0) -> torch.nn.Module:
+    """With dropout, so that random numbers have to come back too."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**MODEL, attention_dropout=0.1))
 
 
 def warm_up(name: str, folder: Path) -> None:
@@ -113,7 +133,7 @@ def warm_up(name: str, folder: Path) -> None:
     DeepSpeed looks whether its communication is built under a lock, which a rank that is killed would leave for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if name == "zero3":
+    if "deepspeed" in LAYOUTS[name].arguments:
         from deepspeed.comm.torch import build_shm_op
 
         build_shm_op()
@@ -195,18 +215,23 @@ def finish(pids: list[int], *, timeout: float, grace: float = 60) -> list[int]:
 
 def contents(checkpoint: Path) -> dict[str, str]:
     """A digest of what each file of a checkpoint holds: of all but times, paths and the order of keys."""
-    found = {}
+    return {name: _digest(value) for name, value in loaded(checkpoint)}
+
+
+def loaded(checkpoint: Path) -> Iterator[tuple[str, Any]]:
+    """What each file of a checkpoint holds, one after another; see :func:`contents`."""
     for name in manifest.verify(checkpoint).files:
         path = checkpoint / name
         if name.endswith(".metadata"):  # of torch.distributed.checkpoint, with the files beside it
             with tempfile.NamedTemporaryFile() as file:
                 dcp_to_torch_save(path.parent, file.name)
-                found[name] = _digest(torch.load(file.name, weights_only=False))
+                yield name, torch.load(file.name, weights_only=False)
         elif path.suffix in (".pt", ".pth", ".bin") and name not in DIFFERENT:
-            found[name] = _digest(torch.load(path, weights_only=False))
+            yield name, torch.load(path, weights_only=False)
+        elif path.suffix == ".safetensors":
+            yield name, load_file(path)
         elif path.suffix != ".distcp" and name not in DIFFERENT:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            yield name, path.read_bytes()
 
 
 def _digest(value: Any) -> str:

@@ -38,13 +38,12 @@ class DiagnosticsCallback(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer: CWDOptimizer | None = None  # that collects at present
         self._last: tuple[int, dict[str, float]] | None = None
-        self._measured = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._release()
-        self._last, self._measured = None, 0
+        self._last = None
 
     def on_step_begin(  # under DeepSpeed the optimizer steps before on_pre_optimizer_step
         self,
@@ -59,9 +58,8 @@ class DiagnosticsCallback(TrainerCallback):
         if not isinstance(optimizer, CWDOptimizer) or not _will_log(args, state, train_dataloader):
             return
         if log_level(args) != "off":
-            optimizer.statistics = StepStatistics(self._measured)
+            optimizer.statistics = StepStatistics(state.global_step)  # a run that is resumed looks at the same matrix
             self._optimizer = optimizer
-            self._measured += 1
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -5,12 +5,10 @@
 One process imports everything and makes the models. It never trains: it forks the ranks of each phase.
 """
 
-import contextlib
+import faulthandler
 import os
 import shutil
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -24,12 +22,13 @@ from hf_cwd.checkpoint import parts
 from hf_cwd.sharding.dtensor import is_dtensor, local
 from hf_cwd.trainer.checks import innermost
 from scripts import cpu_ranks
-from tests.launching import free_port
+from scripts.crash_checkpoints import finish, start
 from tests.sharding import trainer_ranks
-from tests.sharding.layouts import LAYOUTS, MODELS, RESUMING, STEPS, VARIATIONS, Case, Variation
+from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS, Case, Variation
+from tests.sharding.trainer_ranks import clean_state
 
 HALF = f"checkpoint-{STEPS // 2}"
-WAIT = 240  # seconds that a phase may take before its ranks are given up
+WAIT = 240  # seconds that a run may take before its ranks are given up
 RULES = ("adamw", "muon", "lion", "sgd")
 CASES = {
     2: [Case("fsdp", "llama", rule, "resumed") for rule in RULES]
@@ -42,7 +41,10 @@ CASES = {
     4: [Case(layout, "llama", rule, "resumed") for layout in ("fsdp_tp", "hsdp") for rule in ("adamw", "muon")]
     + [Case("fsdp_tp", "qwen3_moe", "muon", "resumed")],
 }
+RESUMING = {"save_strategy": "steps", "save_steps": STEPS // 2}
 OWN_VARIATIONS = {
+    "resumed": Variation(RESUMING),
+    "float32_resumed": Variation(RESUMING, float32=True),
     "lora_resumed": Variation(RESUMING, model="lora"),
     "remainder_resumed": Variation(RESUMING, float32=True),  # bfloat16 weights with the lower halves of fp32 masters
 }
@@ -184,43 +186,28 @@ def outcome(call):
     return "no error"
 
 
-def rank_of_phase(folder, phase, name, rank, world, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def run(folder, phase, world):
+    """One phase on this rank; nothing is carried over from one of its runs to the next."""
     cpu_ranks.switch_on()
-    results = {}
-    environment = dict(os.environ)
-    for key, value in phase(folder, world):
-        results[key] = value
-        trainer_ranks.reset()
-        os.environ.clear()
-        os.environ.update(environment)
-    torch.save(results, folder / f"{name}-{rank}")
+    results, items = {}, phase(folder, world)
+    while True:
+        faulthandler.dump_traceback_later(WAIT, exit=True)
+        with clean_state():
+            item = next(items, None)
+        if item is None:
+            break
+        results[item[0]] = item[1]
+    torch.save(results, folder / f"{phase.__name__}-{world}-{os.environ['RANK']}")
     dist.destroy_process_group()
 
 
 def launch(folder, phase, world):
     """Forks the ranks of a phase and waits for them; the first that fails ends the program."""
-    port, ranks = free_port(), []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            signal.alarm(WAIT)
-            try:
-                rank_of_phase(folder, phase, f"{phase.__name__}-{world}", rank, world, port)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        ranks.append(child)
-    for _ in range(world):
-        _, status = os.wait()
-        if status:
-            for child in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-            sys.exit(f"a rank of {phase.__name__} failed")
+    log = folder / f"log-{phase.__name__}-{world}"
+    codes = finish(start(lambda: run(folder, phase, world), world, log), timeout=10 * WAIT)
+    print(log.read_text(), file=sys.stderr)
+    if any(codes):
+        sys.exit(f"{phase.__name__}: ranks have ended with {codes}")
 
 
 def main():

@@ -42,11 +42,9 @@ class Variation:
     equals: str | None = None  # the variation of one process that it must equal, if not the same
     model: str | None = None  # a change of the model, see trainer_ranks.CHANGES
     float32: bool = False  # instead of float64
-    resumes: bool = False  # from its checkpoint after half of the steps, in a second run
 
 
 ACCUMULATION, CLIPPING = {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.05}
-RESUMING = {"save_strategy": "steps", "save_steps": STEPS // 2}
 VARIATIONS: dict[str, Variation] = {
     "plain": Variation(),
     "float32": Variation(float32=True),
@@ -61,13 +59,11 @@ VARIATIONS: dict[str, Variation] = {
     "float32_clipping": Variation(CLIPPING, float32=True),
     "float32_lora": Variation(model="lora", float32=True),
     "float32_frozen": Variation(model="frozen", float32=True),
-    "float32_resumed": Variation(RESUMING, equals="float32", float32=True, resumes=True),
     # Each of two ranks rounds its gradients to bfloat16 before they are added: so does a step of accumulation.
     "bfloat16": Variation({"bf16": True}, equals="bfloat16_accumulated", float32=True),
     "bfloat16_accumulated": Variation({"bf16": True, **ACCUMULATION}, float32=True),
     # Dynamo and AOTAutograd without Inductor, whose C++ takes a minute to compile.
     "compiled": Variation({"torch_compile": True, "torch_compile_backend": "aot_eager"}, equals="plain"),
-    "resumed": Variation(RESUMING, equals="plain", resumes=True),
 }
 
 
@@ -117,7 +113,6 @@ FSDP_TP_CUT = frozenset({"(_StridedShard(dim=0, sf=2), Shard(dim=0))", "(Shard(d
 
 # FSDP1's sync_module_states looks for an accelerator, and its clipping refuses float64.
 FSDP1 = {"use_orig_params": True, "sync_module_states": False}
-SHARDED_STATE = fsdp(state_dict_type="SHARDED_STATE_DICT")
 
 OFFLOADED = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 FLOAT32 = ("float32_accumulation", "float32_checkpointing", "float32_clipping", "float32_lora", "float32_frozen")
@@ -125,7 +120,7 @@ IN_PARTS = frozenset({"partitioned"})
 
 EVERY_MODEL = tuple(MODELS)
 COMMON = ("float32", "accumulation", "checkpointing", "clipping", "lora", "frozen", "bfloat16")
-COMPILED, RESUMED = ("compiled",), ("resumed",)
+COMPILED = ("compiled",)
 
 
 def deepspeed(world: int, config: dict[str, Any], *, plain: str = "float32", **options: Any) -> Layout:
@@ -137,13 +132,10 @@ LAYOUTS: dict[str, Layout] = {
     "ddp": Layout(2, models=EVERY_MODEL, variations=COMMON + COMPILED),
     # The Trainer multiplies the loss by 3, which the float32 that Llama's norms compute in rounds: not for float64.
     "ddp_3": Layout(3, plain="float32"),
-    # Accelerate: FSDP2, with the full and the sharded state dict, FSDP1, and its ParallelismConfig.
-    "fsdp2": Layout(
-        2, fsdp(), {}, {}, ROWS_CUT, EVERY_MODEL, variations=COMMON + COMPILED + RESUMED, sums_in_bfloat16=True
-    ),
+    # Accelerate: FSDP2, FSDP1, and its ParallelismConfig.
+    "fsdp2": Layout(2, fsdp(), {}, {}, ROWS_CUT, EVERY_MODEL, variations=COMMON + COMPILED, sums_in_bfloat16=True),
     # 4 experts on 3 ranks: the last one's part of them is empty.
     "fsdp2_3": Layout(3, fsdp(), {}, {}, ROWS_CUT, ("llama", "llama_tied", "qwen3_moe"), plain="float32"),
-    "fsdp2_sharded_state": Layout(2, SHARDED_STATE, placements=ROWS_CUT, variations=RESUMED),
     "fsdp2_offloaded": Layout(2, fsdp(cpu_offload=True), placements=ROWS_CUT),
     "fsdp2_checkpointed": Layout(2, fsdp(activation_checkpointing=True), placements=ROWS_CUT),
     "fsdp1": Layout(2, fsdp(version=1, **FSDP1), plain="float32", matrices=False),
@@ -158,18 +150,18 @@ LAYOUTS: dict[str, Layout] = {
     # In float64 FSDP2 divides the experts' gradients twice: their group is one rank and has a divisor of its own.
     "fsdp_ep": Layout(2, {}, {}, {"fsdp_size": 2, "ep_size": 2}, EP_CUT, ("qwen3_moe",), plain="float32"),
     "tp_ep": Layout(2, {}, {}, {"tp_size": 2, "ep_size": 2}, TP_CUT, ("qwen3_moe",)),
-    "zero1": deepspeed(2, zero(1), models=EVERY_MODEL, variations=("float32_resumed",)),
-    "zero2": deepspeed(2, zero(2), models=EVERY_MODEL, variations=(*FLOAT32, "float32_resumed", "bfloat16")),
-    "zero3": deepspeed(2, zero(3), models=EVERY_MODEL, variations=(*FLOAT32, "float32_resumed", "bfloat16")),
+    "zero1": deepspeed(2, zero(1), models=EVERY_MODEL),
+    "zero2": deepspeed(2, zero(2), models=EVERY_MODEL, variations=(*FLOAT32, "bfloat16")),
+    "zero3": deepspeed(2, zero(3), models=EVERY_MODEL, variations=(*FLOAT32, "bfloat16")),
     "zero1_offloaded": deepspeed(2, zero(1, **OFFLOADED)),
     "zero2_offloaded": deepspeed(2, zero(2, **OFFLOADED), variations=("float32_accumulation",)),
-    "zero3_offloaded": deepspeed(2, zero(3, **OFFLOADED), variations=("float32_resumed", "bfloat16")),
+    "zero3_offloaded": deepspeed(2, zero(3, **OFFLOADED), variations=("bfloat16",)),
     "zero2_round_robin": deepspeed(2, zero(2, round_robin_gradients=True)),
-    "zero3_sub_groups": deepspeed(2, zero(3, sub_group_size=4000), variations=("float32_resumed",)),
+    "zero3_sub_groups": deepspeed(2, zero(3, sub_group_size=4000)),
     "bf16_optimizer": deepspeed(2, zero(1, top={"data_types": {"grad_accum_dtype": "fp32"}}), plain="bfloat16"),
     "zero1_3": deepspeed(3, zero(1)),
-    "zero2_3": deepspeed(3, zero(2), models=("llama", "llama_tied", "qwen3_moe"), variations=("float32_resumed",)),
-    "zero3_3": deepspeed(3, zero(3), models=("llama", "llama_tied", "qwen3_moe"), variations=("float32_resumed",)),
+    "zero2_3": deepspeed(3, zero(2), models=("llama", "llama_tied", "qwen3_moe")),
+    "zero3_3": deepspeed(3, zero(3), models=("llama", "llama_tied", "qwen3_moe")),
     "zero3_offloaded_3": deepspeed(3, zero(3, **OFFLOADED)),
     "zero1_aligned_3": deepspeed(3, zero(1, parameter_alignment=True)),
 }
@@ -205,8 +197,7 @@ def cases(world: int, *, deepspeed: bool = False) -> list[Case]:
 
 def varied(rules: list[Rule], variation: str) -> list[Rule]:
     """A rule for matrices has its companion in the same optimizer: two rules in one run."""
-    whole = ("float32", "resumed", "float32_resumed")
-    return rules if variation in whole else [rule for rule in rules if rule.matrix is not None]
+    return rules if variation == "float32" else [rule for rule in rules if rule.matrix is not None]
 
 
 def one_process(case: Case) -> Case:

@@ -149,11 +149,6 @@ def test_variation_was_active(table, case):
             assert min(rank["logged_norms"]) > 2 * limit
         if "max_grad_norm" in variation.arguments and not layout.deepspeed:  # which steps before it can be seen
             assert rank["applied_norms"] == pytest.approx([limit] * STEPS, rel=1e-4)  # torch divides by norm + 1e-6
-        if variation.resumes:
-            resumed = rank["resumed"]
-            assert resumed["batches"] == rank["batches"][STEPS // 2 :]
-            for name, x in rank["weights"].items():
-                assert torch.equal(resumed["weights"][name], x), name
 
 
 def test_activation_checkpointing_of_fsdp2_was_active(table):

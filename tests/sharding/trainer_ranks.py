@@ -5,6 +5,7 @@
 One process comes first: it also writes the models that all start from.
 """
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -169,7 +170,7 @@ def arguments(case, output, world):
     )
 
 
-def train(folder, case, output, world, resume=None):
+def train(folder, case, output, world):
     deepspeed = case.layout is not None and bool(LAYOUTS[case.layout].deepspeed)
     early = arguments(case, output, world) if deepspeed else None  # for from_pretrained has to know of stage 3
     model = load(folder, case)
@@ -183,7 +184,7 @@ def train(folder, case, output, world, resume=None):
     if case.variation != "compiled":  # a hook with side effects would break the graph
         linear = next(module for name, module in model.named_modules() if name.endswith(("q_proj", "attn.c_attn")))
         linear.register_forward_hook(lambda module, given, output: dtypes.append(output.dtype))
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train()
     parameters = {plain_name(name): p for name, p in trainer.model.named_parameters()}
     return {
         "start": start,
@@ -207,27 +208,20 @@ def train(folder, case, output, world, resume=None):
     }
 
 
-def run(folder, case, world):
-    """One case, from a clean state: Accelerate keeps its own in singletons and in the environment."""
-    environment, output = dict(os.environ), folder / "runs" / str(case)
+@contextlib.contextmanager
+def clean_state():
+    """For one run of several in a process: Accelerate keeps its own in singletons and in the environment."""
+    environment = dict(os.environ)
     try:
-        result = train(folder, case, output, world)
-        if VARIATIONS[case.variation].resumes:
-            reset()
-            result["resumed"] = train(folder, case, output, world, output / f"checkpoint-{STEPS // 2}")
-        return result
+        yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
-        reset()
-
-
-def reset():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    unset_hf_deepspeed_config()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 def main():
@@ -250,7 +244,8 @@ def main():
         if not switched and case.layout and LAYOUTS[case.layout].accelerate_shards:
             cpu_ranks.switch_on()
             switched = True
-        results[tuple(case)] = run(folder, case, world)
+        with clean_state():
+            results[tuple(case)] = train(folder, case, folder / "runs" / str(case), world)
     faulthandler.cancel_dump_traceback_later()
     torch.save(results, folder / "-".join([str(world), str(rank), *sys.argv[2:]]))
 
