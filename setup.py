@@ -38,7 +38,7 @@ setup(
     package_data={"hf_cwd.kernels": ["*.c", "*.h"], "hf_cwd.report": ["*.css"]},
     ext_modules=[Extension("hf_cwd.kernels.cwd", ["hf_cwd/kernels/cwd.c"], optional=True)],
     cmdclass={"build_ext": BuildKernel},
-    install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1"],
+    install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1", "xxhash>=3"],
     extras_require={
         "deepspeed": ["deepspeed>=0.19"],
         "report": ["matplotlib"],

@@ -1,18 +1,23 @@
 """Files of a checkpoint: which there are, checksums, the headers of safetensors, and putting them onto the disk."""
 
+import contextlib
 import json
 import os
 import stat
-import zlib
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from xxhash import xxh3_64
+
 CHUNK = 64 * 2**20  # bytes under one checksum: an error says which of them are damaged
-BUFFER = 4 * 2**20
+BUFFER = 2**20
 THREADS = 4
+INTERVAL = 0.02  # seconds between two requests to the disk
+OPEN_FILES = "/proc/self/fd"
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 
 
@@ -31,10 +36,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One file: its size, a CRC-32 of each ``CHUNK`` of it, and of safetensors each tensor's dtype and shape."""
+    """One file: its size, the XXH3 of each ``CHUNK`` of it, and of safetensors each tensor's dtype and shape.
+
+    XXH3 finds damage at the speed of memory, 64 bits of it; it is no protection against forgery.
+    """
 
     size: int
-    crc32: tuple[int, ...]
+    xxh3_64: tuple[str, ...]
     tensors: dict[str, tuple[str, tuple[int, ...]]] | None = None
 
 
@@ -84,7 +92,7 @@ def check_relative(relative: Any) -> str:
     return relative
 
 
-def checksums(directory: Path, names: Iterable[str], *, sync: bool) -> dict[str, tuple[int, ...]]:
+def checksums(directory: Path, names: Iterable[str], *, sync: bool) -> dict[str, tuple[str, ...]]:
     """The checksums of some files, read by several threads in small pieces.
 
     Args:
@@ -92,24 +100,24 @@ def checksums(directory: Path, names: Iterable[str], *, sync: bool) -> dict[str,
     """
     chunks = [(name, start) for name in names for start in range(0, max(1, (directory / name).stat().st_size), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
-        numbers = list(pool.map(lambda chunk: _checksum(directory / chunk[0], chunk[1], sync), chunks))
-    found: dict[str, tuple[int, ...]] = {}
-    for (name, _), number in zip(chunks, numbers, strict=True):
-        found[name] = (*found.get(name, ()), number)
+        sums = list(pool.map(lambda chunk: _checksum(directory / chunk[0], chunk[1], sync), chunks))
+    found: dict[str, tuple[str, ...]] = {}
+    for (name, _), checksum in zip(chunks, sums, strict=True):
+        found[name] = (*found.get(name, ()), checksum)
     return found
 
 
-def _checksum(path: Path, start: int, sync: bool) -> int:
-    number, buffer = 0, memoryview(bytearray(min(BUFFER, path.stat().st_size or 1)))
+def _checksum(path: Path, start: int, sync: bool) -> str:
+    checksum, buffer = xxh3_64(), memoryview(bytearray(min(BUFFER, path.stat().st_size or 1)))
     with open(path, "r+b" if sync else "rb", buffering=0) as file:
         file.seek(start)
         left = CHUNK
         while left and (count := file.readinto(buffer[:left])):
-            number = zlib.crc32(buffer[:count], number)
+            checksum.update(buffer[:count])
             left -= count
         if sync:
             os.fsync(file.fileno())
-    return number
+    return checksum.hexdigest()
 
 
 def header(directory: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]] | None:
@@ -140,14 +148,63 @@ def header(directory: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]
     return tensors
 
 
+@contextlib.contextmanager
+def written_early(directory: Path) -> Iterator[None]:
+    """Lets the disk begin with files below a directory while this process is writing them, so that it ends sooner.
+
+    The system begins by itself only when much has come together, half a minute later or when it is asked. What it is
+    asked here it has still to be asked at the end, of all files. Where there is no ``/proc`` nothing is done early.
+
+    Raises:
+        OSError: the disk's. It tells whoever asks first, and nobody after that.
+    """
+    failed: list[OSError] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not failed and not ended.wait(INTERVAL):
+            for path in _open_files(directory):
+                try:
+                    _sync(path)
+                except FileNotFoundError:  # it was temporary
+                    continue
+                except OSError as error:
+                    failed.append(error)
+
+    thread = threading.Thread(target=ask, name="hf_cwd-sync", daemon=True)
+    if os.path.isdir(OPEN_FILES):
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _open_files(directory: Path) -> list[Path]:
+    """Those of this process: to list the directory would burden a file system of a thousand ranks."""
+    found, start = set(), os.path.join(os.path.realpath(directory), "")
+    for number in os.listdir(OPEN_FILES):
+        with contextlib.suppress(OSError):  # closed since then
+            found.add(os.readlink(os.path.join(OPEN_FILES, number)))
+    return [Path(name) for name in found if name.startswith(start)]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_directory(directory: Path) -> None:
     """Waits until the names in a directory are on the disk, where the system can."""
     if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(directory)
 
 
 def replace_durably(path: Path, content: bytes) -> None:

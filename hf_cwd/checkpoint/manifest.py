@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from hf_cwd.checkpoint.files import (
 )
 
 NAME = "cwd_manifest.json"
-FORMAT = 1
+FORMAT = 2
 NAMED = 5  # problems that an error lists
 LARGEST = 2**28  # bytes of a manifest
 # Other files may lie in a checkpoint, but none that a resume would take for a part of it.
@@ -175,9 +176,10 @@ def problems(directory: str | Path, manifest: Manifest, *, fast: bool = False, s
             whole.append(name)
     if not fast:
         for name, sums in checksums(directory, whole, sync=False).items():
-            bad = [i for i, (now, then) in enumerate(zip(sums, manifest.files[name].crc32, strict=True)) if now != then]
+            entry = manifest.files[name]
+            bad = [i for i, (now, then) in enumerate(zip(sums, entry.xxh3_64, strict=True)) if now != then]
             if bad:
-                found.append(f"{name} was changed, in {_place(bad, manifest.files[name].size)}")
+                found.append(f"{name} was changed, in {_place(bad, entry.size)}")
     if not (share.start or 0):  # one look at what is not in the manifest is enough
         found += _foreign(directory, manifest)
     return found
@@ -228,7 +230,8 @@ def _parsed(content: bytes) -> Manifest:
         raise CheckpointError(f"{NAME} is damaged: it has no format")
     if body["format"] != FORMAT:
         raise CheckpointError(
-            f"{NAME} has format {body['format']}, and this hf_cwd reads format {FORMAT}: update hf_cwd"
+            f"{NAME} has format {body['format']}, and this hf_cwd reads format {FORMAT}: resume with the version of "
+            "hf_cwd that saved it"
         )
     del body["format"]
     if body.pop("sha256", None) != _digest(body):
@@ -247,8 +250,8 @@ def _parsed(content: bytes) -> Manifest:
 
 
 def _entry(item: Any) -> Entry:
-    _expect(item, {"size", "crc32", "tensors"})
-    size, sums, tensors = _number(item["size"]), item["crc32"], item["tensors"]
+    _expect(item, {"size", "xxh3_64", "tensors"})
+    size, sums, tensors = _number(item["size"]), item["xxh3_64"], item["tensors"]
     if not isinstance(sums, list) or len(sums) != len(range(0, max(1, size), CHUNK)):
         raise CheckpointError(f"{NAME} has not the checksums of a file of {size} bytes")
     if tensors is not None:
@@ -256,7 +259,7 @@ def _entry(item: Any) -> Entry:
             tensors = {key: (str(dtype), tuple(map(_number, shape))) for key, (dtype, shape) in tensors.items()}
         except (AttributeError, TypeError, ValueError):
             raise CheckpointError(f"{NAME} has tensors that are none") from None
-    return Entry(size, tuple(map(_number, sums)), tensors)
+    return Entry(size, tuple(map(_checksum, sums)), tensors)
 
 
 def _expect(item: Any, keys: set[str]) -> None:
@@ -267,6 +270,12 @@ def _expect(item: Any, keys: set[str]) -> None:
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise CheckpointError(f"{NAME} has {str(value)[:40]!r} where a number must be")
+    return value
+
+
+def _checksum(value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value)):
+        raise CheckpointError(f"{NAME} has {str(value)[:40]!r} where a checksum must be")
     return value
 
 

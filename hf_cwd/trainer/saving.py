@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 import hf_cwd
 from hf_cwd.checkpoint import manifest
-from hf_cwd.checkpoint.files import CheckpointError
+from hf_cwd.checkpoint.files import CheckpointError, written_early
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.trainer.log import warn_once
 from hf_cwd.trainer.resuming import chosen_checkpoint, missing
@@ -71,7 +71,8 @@ class SavingMixin:
             staging = storage.stage(name)
             self._cwd_staging, self._cwd_is_to_push = staging, False
             try:
-                super()._save_checkpoint(model, trial, *args, **kwargs)
+                with written_early(staging):
+                    super()._save_checkpoint(model, trial, *args, **kwargs)
             finally:
                 self._cwd_staging = None
             if (staging / name).is_dir():

@@ -22,10 +22,9 @@ from hf_cwd.checkpoint import parts
 from hf_cwd.sharding.dtensor import is_dtensor, local
 from hf_cwd.trainer.checks import innermost
 from scripts import cpu_ranks
-from scripts.crash_checkpoints import finish, start
+from scripts.forked_runs import clean_state, finish, start
 from tests.sharding import trainer_ranks
 from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS, Case, Variation
-from tests.sharding.trainer_ranks import clean_state
 
 HALF = f"checkpoint-{STEPS // 2}"
 WAIT = 240  # seconds that a run may take before its ranks are given up

@@ -11,7 +11,8 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, Trainer
 
 from hf_cwd.checkpoint import manifest
-from scripts.crash_checkpoints import contents, finish, start, train, warm_up
+from scripts.crash_checkpoints import contents
+from scripts.forked_runs import finish, start, train, warm_up
 
 
 def rank():

@@ -24,8 +24,8 @@ from transformers import HfArgumentParser, Trainer
 from hf_cwd import CWDTrainer, CWDTrainingArguments
 from hf_cwd.rules import RULES
 from hf_cwd.trainer.options import options
-from scripts.crash_checkpoints import LAYOUTS, LONGEST, finish, loaded, start, tiny_llama, train, warm_up
-from tests.sharding.trainer_ranks import clean_state
+from scripts.crash_checkpoints import loaded
+from scripts.forked_runs import LAYOUTS, LONGEST, clean_state, finish, start, tiny_llama, train, warm_up
 
 STEPS, SAVED = 7, 4  # with two ranks the second epoch ends after step 6
 # Who saves and who resumes: each layout has all four, and so has each rule.

@@ -14,6 +14,7 @@ from transformers import Trainer
 from hf_cwd import CWDAdamW, CWDTrainer
 from hf_cwd.checkpoint import parts
 from hf_cwd.checkpoint.restore import Part
+from scripts.bench_machine import peak_of
 from tests.checkpoint.loaded_sharded_ranks import CASES, REFUSALS
 from tests.launching import ROOT, finish, start
 from tests.trainer.conftest import arguments, tiny_data, tiny_llama  # noqa: F401
@@ -228,6 +229,19 @@ def test_file_is_plain_safetensors_that_bring_back_every_bit(stepped, tmp_path):
     group = fresh.param_groups[0]
     assert torch.equal(group["lr"], torch.tensor(0.1))
     assert (group["weight_decay"], group["betas"]) == (0.1, (0.9, 0.999))
+
+
+def test_saving_a_part_copies_no_tensor(tmp_path):
+    """Of 96 MB."""
+    model = torch.nn.Linear(2048, 4096, bias=False)
+    optimizer = CWDAdamW(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    path, weights = tmp_path / parts.file_name(0, 1), parts.tensors_of(model)
+    needed = peak_of(lambda: parts.save(path, weights, optimizer, **ALONE), "cpu")
+    if needed is None:
+        pytest.skip("the kernel does not tell the peak of the resident set")
+    assert needed < path.stat().st_size / 12
 
 
 def test_what_a_file_cannot_hold_is_refused_by_name(stepped, tmp_path):

@@ -143,10 +143,10 @@ def test_every_cut_manifest_is_refused(checkpoint):
 def sealed(body, **changes):
     """A manifest whose own checksum is right, whatever it says."""
     body = {**{key: value for key, value in body.items() if key not in ("format", "sha256")}, **changes}
-    return {"format": body.pop("format", 1), "sha256": manifest._digest(body), **body}
+    return {"format": body.pop("format", 2), "sha256": manifest._digest(body), **body}
 
 
-ENTRY = {"size": 0, "crc32": [0], "tensors": None}
+ENTRY = {"size": 0, "xxh3_64": ["0" * 16], "tensors": None}
 
 
 @pytest.mark.parametrize(
@@ -161,19 +161,20 @@ ENTRY = {"size": 0, "crc32": [0], "tensors": None}
         ({"files": {"": ENTRY}}, "no path below"),
         ({"files": {}}, "names no files"),
         ({"files": [ENTRY]}, "names no files"),
-        ({"files": {"x.pt": 3}}, "has an item that is not crc32, size, tensors"),
-        ({"files": {"x.pt": {**ENTRY, "more": 1}}}, "has an item that is not crc32, size, tensors"),
+        ({"files": {"x.pt": 3}}, "has an item that is not size, tensors, xxh3_64"),
+        ({"files": {"x.pt": {**ENTRY, "more": 1}}}, "has an item that is not size, tensors, xxh3_64"),
         ({"files": {"x.pt": {**ENTRY, "size": 2**62}}}, f"not the checksums of a file of {2**62} bytes"),
         ({"files": {"x.pt": {**ENTRY, "size": 2**70}}}, "where a number must be"),
         ({"files": {"x.pt": {**ENTRY, "size": True}}}, "'True' where a number must be"),
         ({"files": {"x.pt": {**ENTRY, "size": -1}}}, "'-1' where a number must be"),
-        ({"files": {"x.pt": {**ENTRY, "crc32": ["0"]}}}, "where a number must be"),
+        ({"files": {"x.pt": {**ENTRY, "xxh3_64": ["0"]}}}, "'0' where a checksum must be"),
+        ({"files": {"x.pt": {**ENTRY, "xxh3_64": [0]}}}, "'0' where a checksum must be"),
         ({"files": {"x.pt": {**ENTRY, "tensors": {"a": 1}}}}, "has tensors that are none"),
         ({"is_resumable": 1}, "does not say whether it is resumable"),
         ({"step": "7"}, "'7' where a number must be"),
         ({"versions": {"torch": 2}}, "has versions that are no text"),
         ({"more": 1}, "has an item that is not files, is_resumable, step, versions, world_size"),
-        ({"format": 2}, "has format 2, and this hf_cwd reads format 1: update hf_cwd"),
+        ({"format": 3}, "has format 3, and this hf_cwd reads format 2: resume with the version of hf_cwd that saved"),
         ({"format": "1"}, "has no format"),
     ],
 )

@@ -18,7 +18,8 @@ from transformers import Trainer
 
 from hf_cwd.checkpoint import manifest, storage
 from hf_cwd.checkpoint.storage import Storage
-from scripts.crash_checkpoints import END, LAYOUTS, contents, finish, has_begun, start, train, warm_up
+from scripts.crash_checkpoints import END, contents, has_begun
+from scripts.forked_runs import LAYOUTS, finish, start, train, warm_up
 
 POINTS = {
     "recover": (Storage, "recover"),

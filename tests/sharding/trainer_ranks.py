@@ -5,7 +5,6 @@
 One process comes first: it also writes the models that all start from.
 """
 
-import contextlib
 import faulthandler
 import gc
 import os
@@ -14,16 +13,15 @@ from pathlib import Path
 
 import torch
 from accelerate import ParallelismConfig
-from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_cwd  # noqa: F401
 from hf_cwd.trainer.checks import innermost
 from scripts import cpu_ranks
+from scripts.forked_runs import clean_state
 from tests.sharding import layouts
 from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS
 
@@ -206,22 +204,6 @@ def train(folder, case, output, world):
         "numels": {name: (p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in parameters.items()},
         "optimizer": type(innermost(trainer.optimizer)).__name__,
     }
-
-
-@contextlib.contextmanager
-def clean_state():
-    """For one run of several in a process: Accelerate keeps its own in singletons and in the environment."""
-    environment = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        unset_hf_deepspeed_config()
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
 
 
 def main():
