@@ -44,6 +44,7 @@ setup(
         "report": ["matplotlib"],
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
         "test": [
+            "bitsandbytes",
             "deepspeed",
             "gguf",
             "numpy",

@@ -1,4 +1,4 @@
-"""Reading a state dict that may come from torch.optim: names are translated, what is missing or foreign is refused."""
+"""Reading a state dict, also torch.optim's or bitsandbytes': names are translated, what lacks or is foreign refused."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,12 @@ from hf_cwd.rules.base import state_dtype
 from hf_cwd.states import REMAINDER
 from hf_cwd.states import keys as state_keys
 
-# Keys of torch.optim's groups that choose an implementation there; ours is the kernel= option.
 RESET = "on_rule_change=reset"
+# Keys of torch.optim's groups that choose an implementation there; ours is the kernel= option.
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad")
+# Of bitsandbytes' groups, for AdEMAMix; and under what key it has all states of a parameter but the step.
+BITSANDBYTES_KEYS = ("alpha", "t_alpha", "t_beta3")
+BITSANDBYTES = "__bnb_optimizer_quant_state__"
 
 
 def adopt(
@@ -24,7 +27,8 @@ def adopt(
     """The state dict as one of an optimizer with ``param_groups``; nothing is mutated.
 
     Saved hyper-parameters win over present ones, keys that the saved groups lack keep their present value. A state key
-    with another name in torch.optim (``momentum_buffer``) gets ours, a missing ``step`` becomes 1.
+    with another name in torch.optim (``momentum_buffer``) or bitsandbytes (``state1``) gets ours, a missing ``step``
+    becomes 1.
 
     Args:
         on_rule_change: ``"reset"`` takes nothing from another rule's state: no state, and present hyper-parameters.
@@ -37,6 +41,7 @@ def adopt(
             supported here.
     """
     saved_groups = state_dict["param_groups"]
+    state_dict = {**state_dict, "state": {index: _unwrapped(s) for index, s in state_dict["state"].items()}}
     if any(saved.get("amsgrad") for saved in saved_groups):
         raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
     if change := _change(state_dict, param_groups):
@@ -60,7 +65,7 @@ def adopt(
                 f"the saved optimizer took layout={saved['layout']!r} from parameters that are now routed as "
                 f"{own['layout']!r}: continue with the --optim_target_modules, model and package that saved it"
             )
-        kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS}
+        kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS + BITSANDBYTES_KEYS}
         group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept
         rule = RULES[algorithm]
         groups.append(group | rule.checked_hyperparameters(group))
@@ -87,6 +92,10 @@ def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, A
         if foreign := ", ".join(sorted(kept - known)):
             return f"the saved state holds {foreign}, but rule {rule.name!r} keeps {', '.join(keys)}"
     return None
+
+
+def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**{key: value for key, value in state.items() if key != BITSANDBYTES}, **state.get(BITSANDBYTES, {})}
 
 
 def _rules(groups: Sequence[Mapping[str, Any]]) -> str:

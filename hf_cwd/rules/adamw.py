@@ -37,4 +37,5 @@ RULE = Rule(
     direction=direction,
     state_keys=lambda group: ("exp_avg", "exp_avg_sq"),
     hyperparameters={"betas": Betas((0.9, 0.999)), "eps": Real(1e-8)},
+    aliases={"state1": "exp_avg", "state2": "exp_avg_sq"},  # bitsandbytes'
 )

@@ -32,4 +32,5 @@ RULE = Rule(
     state_keys=lambda group: ("exp_avg",),
     # The betas of the CWD paper's experiments; Lion's own paper has (0.9, 0.99).
     hyperparameters={"betas": Betas((0.9, 0.95))},
+    aliases={"state1": "exp_avg"},  # bitsandbytes'
 )
