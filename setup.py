@@ -44,7 +44,6 @@ setup(
         "report": ["matplotlib"],
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
         "test": [
-            "bitsandbytes",
             "deepspeed",
             "gguf",
             "numpy",

@@ -1,9 +1,7 @@
 """State dicts of torch.optim's optimizers into ours and back, and what is refused of them and of ours."""
 
 import copy
-import functools
 
-import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
@@ -236,43 +234,3 @@ def test_refusals_change_nothing(case):
     assert torch.equal(param, x)
     assert_identical(optimizer.state_dict(), before)
     assert_identical(saved, unchanged)
-
-
-BITSANDBYTES = {
-    "lion": (bitsandbytes.optim.Lion32bit, CWDLion, {"betas": (0.9, 0.99)}),
-    "adamw": (bitsandbytes.optim.AdamW32bit, CWDAdamW, {"betas": (0.9, 0.95), "eps": 1e-6}),
-}
-
-
-def of_bitsandbytes(kind, steps=5):
-    p = parameter((64, 80), torch.float32)
-    optimizer = kind([p], lr=0.01, weight_decay=0.1)
-    for g in gradients((64, 80), torch.float32, steps=steps):
-        step(optimizer, g)
-    return optimizer, p
-
-
-@pytest.mark.parametrize("rule", BITSANDBYTES)
-def test_runs_of_bitsandbytes_continue(rule):
-    """Every further step is its own; the hyper-parameters given here are wrong on purpose."""
-    theirs_class, own_class, options = BITSANDBYTES[rule]
-    theirs_optimizer, theirs = of_bitsandbytes(functools.partial(theirs_class, **options))
-    ours = torch.nn.Parameter(theirs.detach().clone())
-    optimizer = own_class([ours], lr=0.5, weight_decay=0.7, cautious=False)
-    optimizer.load_state_dict(copy.deepcopy(theirs_optimizer.state_dict()))
-    for g in gradients((64, 80), torch.float32, steps=5):
-        before = theirs.detach().clone()
-        step(optimizer, g)
-        step(theirs_optimizer, g)
-        assert (theirs - before).abs().min() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-    assert int(optimizer.state[ours]["step"]) == 10
-
-
-@pytest.mark.parametrize(
-    ("theirs", "own_class"), [(bitsandbytes.optim.Lion8bit, CWDLion), (bitsandbytes.optim.AdamW8bit, CWDAdamW)]
-)
-def test_states_of_8_bits_are_refused(theirs, own_class):
-    optimizer, p = of_bitsandbytes(theirs, steps=1)
-    with pytest.raises(ValueError, match=r"the saved state holds absmax1.*, qmap1.*, but rule .* keeps step, exp_avg"):
-        own_class([p]).load_state_dict(optimizer.state_dict())
