@@ -13,8 +13,7 @@ from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.origins import listed
 from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import warn_once
-from hf_cwd.trainer.naming import chosen, names
-from hf_cwd.trainer.options import parse_optim_args
+from hf_cwd.trainer.options import asked_for
 
 KEYS = ("decayed_fraction", "effective_decay", "update_to_weight", "update_rms", "weight_rms")  # of Totals
 
@@ -99,10 +98,8 @@ class DiagnosticsCallback(TrainerCallback):
 
 
 def log_level(args: TrainingArguments) -> str:
-    """``cwd_log`` of ``--optim_args``; an optimizer that was given as ``optimizers=`` has none."""
-    if chosen(args) not in names():
-        return "summary"
-    return parse_optim_args(chosen(args), args.optim_args).get("cwd_log", "summary")
+    """``cwd_log`` of ``--optim_args``."""
+    return asked_for(args, "cwd_log") or "summary"
 
 
 def _will_log(args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> bool:

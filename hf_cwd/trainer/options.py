@@ -238,6 +238,11 @@ def _announced(
     return split
 
 
+def asked_for(args: Any, key: str) -> Any:
+    """What ``--optim_args`` say of a key; None where they say nothing, as where ``optimizers=`` was given."""
+    return parse_optim_args(chosen(args), args.optim_args).get(key) if chosen(args) in names() else None
+
+
 def effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Every value that the optimizer runs with, defaults included."""
     values = {key: arguments[key] for key in ("lr", "weight_decay")}

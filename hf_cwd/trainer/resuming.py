@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_cwd.checkpoint import manifest
 from hf_cwd.checkpoint.files import CheckpointError, header
+from hf_cwd.checkpoint.layout import LOAD_TIME, WHOLE, advice, saved_under
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.trainer.log import logger
 
@@ -63,6 +64,21 @@ def check(storage: Storage, checkpoint: Path, *, mode: str) -> None:
     taken = time.perf_counter() - start
     how = f"sizes and headers of {len(found.files)} files" if mode == "fast" else _speed(found, taken)
     _say(storage, f"{checkpoint} is what was saved at step {found.step}: {how}")
+
+
+def check_layout(storage: Storage, checkpoint: str, now: str | None, *, fresh: bool) -> None:
+    """Raises a CheckpointError where the frameworks would look for files that another layout has not saved.
+
+    With a disk for each node a rank does not see all files, and nothing is said. Where states are to be ``fresh``, the
+    plain Trainer's layouts can take the weights beside DeepSpeed's files.
+    """
+    (saved, *_) = together(lambda: saved_under(checkpoint) if storage.is_keeper else None)
+    by_parts = LOAD_TIME in (saved, now)  # each of these says more when it is opened
+    weights_alone = fresh and now == WHOLE and "latest" in os.listdir(checkpoint)
+    if storage.is_one and None not in (saved, now) and saved != now and not (by_parts or weights_alone):
+        raise CheckpointError(
+            f"{checkpoint} was saved under {saved}, and this run trains under {now}", advice(checkpoint, saved)
+        )
 
 
 def _newest(storage: Storage, mode: str) -> Path:

@@ -9,11 +9,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 import hf_cwd
-from hf_cwd.checkpoint import manifest
+from hf_cwd.checkpoint import layout, manifest
 from hf_cwd.checkpoint.files import CheckpointError, written_early
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.trainer.log import warn_once
-from hf_cwd.trainer.resuming import chosen_checkpoint, missing
+from hf_cwd.trainer.options import asked_for
+from hf_cwd.trainer.resuming import check_layout, chosen_checkpoint, missing
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
@@ -45,6 +46,9 @@ class SavingMixin:
             resume_from_checkpoint = chosen_checkpoint(
                 storage, resume_from_checkpoint, mode=getattr(self.args, "cwd_verify", "full")
             )
+            if resume_from_checkpoint is not None:
+                fresh = asked_for(self.args, "on_rule_change") == "reset"
+                check_layout(storage, resume_from_checkpoint, self._cwd_layout(), fresh=fresh)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _cwd_storage_of(self, directory: str | Path, *, saves: bool = True) -> Storage:
@@ -53,6 +57,16 @@ class SavingMixin:
         if known is None or known.directory != Path(directory) or (saves and not known.is_probed):
             self._cwd_storage = Storage(directory, is_probed=saves)
         return self._cwd_storage
+
+    def _cwd_layout(self) -> str | None:
+        """How this run keeps its states, in the words of :mod:`hf_cwd.checkpoint.layout`."""
+        if self.is_deepspeed_enabled:
+            stage = self.args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+            kind = layout.PARTITIONED if stage == 3 else layout.FLAT
+            return layout.zero(kind, self.args.world_size) if stage else None
+        if self.is_fsdp_enabled:
+            return layout.FSDP.format(self.accelerator.state.fsdp_plugin.state_dict_type.name)
+        return layout.LOAD_TIME if getattr(self, "_cwd_is_sharded", False) else layout.WHOLE
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._cwd_staging is None else str(self._cwd_staging)

@@ -8,6 +8,7 @@ another: all of them in full; then, by new processes, all of them from their che
 
 import faulthandler
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer
 
 from hf_cwd import CWDTrainer, CWDTrainingArguments
+from hf_cwd.checkpoint.files import CheckpointError
 from hf_cwd.rules import RULES
 from hf_cwd.trainer.options import options
 from scripts.crash_checkpoints import loaded
@@ -104,6 +106,7 @@ CELLS = [
     *(Cell(layout, "muon", "accumulation") for layout in ("fsdp2", "zero3")),
     Cell("one", "muon", "compiled"),
 ]
+SOURCES = ("one", "fsdp2", "fsdp2-sharded", "zero2", "zero3")  # whose checkpoints the other layouts are given
 # What a run can lose without a word: each must be seen in the end.
 LOSSY = Cell("one", "adamw")
 LOSSES = {
@@ -155,6 +158,25 @@ def again(folder: Path, cells: list[Cell]) -> None:
             copy = shutil.copytree(checkpoint, folder / what / checkpoint.name)
             flags = ["--resume_from_checkpoint", str(copy), "--cwd_verify", "off"]
             one(folder / f"{cell} without {what}", cell, Trainer, 99, [*flags, *(lose(copy) or [])])
+
+
+def crossed(folder: Path, cells: list[Cell]) -> None:
+    """From the checkpoints of other layouts: what is said, or "" where the run goes on."""
+    found = {}
+    for cell in cells:
+        if cell.rule != "adamw" or cell.variation != "plain":
+            continue
+        for source in SOURCES:
+            if source == cell.layout and cell.ranks is None:
+                continue
+            checkpoint, said = folder / str(Cell(source, "adamw")) / f"checkpoint-{SAVED}", ""
+            flags = ["--resume_from_checkpoint", str(checkpoint)]
+            try:
+                one(folder / f"{source} to {cell}", cell, CWDTrainer, 99, flags)
+            except CheckpointError as error:
+                said = str(error)
+            found[f"{source} to {cell}"] = said
+    (folder / f"crossed-{cells[0]}-{os.environ.get('RANK', 0)}").write_text(json.dumps(found))
 
 
 def compared(folder: Path, run: str, other: str) -> dict[str, Any]:
@@ -211,15 +233,16 @@ def main() -> None:
     kinds: dict[Any, list[Cell]] = {}
     for cell in CELLS:
         kinds.setdefault(cell.kind, []).append(cell)
-    for (world, _), cells in kinds.items():
-        for phase in (in_full, again):
-            log = folder / "log"
-            log.unlink(missing_ok=True)
-            codes = finish(start(lambda phase=phase, cells=cells: phase(folder, cells), world, log), timeout=900)
-            assert codes == [0] * world, log.read_text()
+    phases = [(phase, kind) for kind in kinds for phase in (in_full, again)] + [(crossed, kind) for kind in kinds]
+    for phase, kind in phases:
+        (world, _), cells, log = kind, kinds[kind], folder / "log"
+        log.unlink(missing_ok=True)
+        codes = finish(start(lambda phase=phase, cells=cells: phase(folder, cells), world, log), timeout=900)
+        assert codes == [0] * world, log.read_text()
     results = {str(cell): compared(folder, str(cell), f"{cell} again") for cell in CELLS}
     for what in LOSSES:
         results[what] = compared(folder, str(LOSSY), f"{LOSSY} without {what}")
+    results["crossed"] = [json.loads(path.read_text()) for path in sorted(folder.glob("crossed-*"))]
     (folder / "results.json").write_text(json.dumps(results, indent=1))
 
 

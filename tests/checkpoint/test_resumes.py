@@ -44,3 +44,43 @@ def test_what_is_lost_on_the_way_is_seen(results, what):
     assert 0 < lost["files"]["model.safetensors"] < inf
     assert 0 < lost["files"]["optimizer.pt"] < inf
     assert lost["logs"][0] != lost["logs"][1]
+
+
+SAME = {
+    "one": "ddp",
+    "fsdp2": "fsdp2",
+    "fsdp2-sharded": "fsdp2-sharded",
+    "zero2": "zero1 zero2 zero1-offload zero2-offload",
+}
+SAME["zero3"] = "zero3 zero3-offload"
+UNDER = {
+    "one": "one process or DDP",
+    "fsdp2": "FSDP with state_dict_type FULL_STATE_DICT",
+    "fsdp2-sharded": "FSDP with state_dict_type SHARDED_STATE_DICT",
+    "zero2": "DeepSpeed's ZeRO-1 or 2 on 2 ranks",
+    "zero3": "DeepSpeed's ZeRO-3 on 2 ranks",
+}
+
+
+def test_the_checkpoint_of_another_layout_is_refused_by_name(results):
+    """Or resumed, where the layouts keep their states alike; DeepSpeed's not by another number of ranks."""
+    went_on = set()
+    for rank in results["crossed"]:
+        for run, said in rank.items():
+            source, target = run.split(" to ")
+            if not said:
+                went_on.add((source, target))
+                continue
+            assert f"{source}-adamw/checkpoint-4 was saved under {UNDER[source]}, and this run trains under " in said
+            assert f". Resume it under {UNDER[source]}, or begin a new run by from_pretrained from its weights" in said
+            lacks = {
+                "fsdp2-sharded": "which accelerate merge-weights makes",
+                "zero3": "which zero_to_fp32.py in it makes",
+            }
+            assert lacks.get(source, "weights") in said
+            assert ("which" in said) == (source in lacks)
+    expected = {(source, f"{target}-adamw") for source, targets in SAME.items() for target in targets.split()}
+    expected = {(source, target) for source, target in expected if target != f"{source}-adamw"}
+    assert went_on == expected | {("fsdp2", "fsdp2-adamw-3")}
+    said = next(rank["zero2 to zero2-adamw-3"] for rank in results["crossed"] if "zero2 to zero2-adamw-3" in rank)
+    assert "on 2 ranks, and this run trains under DeepSpeed's ZeRO-1 or 2 on 3 ranks" in said
