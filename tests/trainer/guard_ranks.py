@@ -14,8 +14,9 @@ import torch
 
 from hf_cwd import CWDTrainingArguments
 from scripts import cpu_ranks
+from scripts.forked_runs import clean_state
 from tests.sharding.layouts import zero
-from tests.sharding.trainer_ranks import reset, weights
+from tests.sharding.trainer_ranks import weights
 from tests.trainer.bad_batches import BATCH, InOrder, rows
 from tests.trainer.conftest import tiny_llama
 
@@ -25,18 +26,18 @@ CASES = {"ddp-adamw": {}, "fsdp2-adamw": FSDP2, "fsdp2-muon": FSDP2}
 
 def run(folder, world, *, bad, steps=4, **options):
     """Ranks take batches in turn: the last one's second is batch 2 * world - 1. Without the bad step if not `bad`."""
-    reset()
     data = rows(4 * world, bad=[2 * world - 1] if bad else [])
     if not bad:
         data = data[: world * BATCH] + data[2 * world * BATCH :]
-    args = CWDTrainingArguments(
-        output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=BATCH, max_steps=steps,
-        learning_rate=1e-2, weight_decay=0.1, lr_scheduler_type="constant", save_strategy="no", report_to="none",
-        logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, **options,
-    )  # fmt: skip
-    trainer = InOrder(model=tiny_llama(), args=args, train_dataset=data)
-    trainer.train()
-    return {"weights": weights(trainer.model), "skipped": trainer._cwd_guard.skipped}
+    with clean_state():
+        args = CWDTrainingArguments(
+            output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=BATCH, max_steps=steps,
+            learning_rate=1e-2, weight_decay=0.1, lr_scheduler_type="constant", save_strategy="no", report_to="none",
+            logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, **options,
+        )  # fmt: skip
+        trainer = InOrder(model=tiny_llama(), args=args, train_dataset=data)
+        trainer.train()
+        return {"weights": weights(trainer.model), "skipped": trainer._cwd_guard.skipped}
 
 
 def error_of(*args, **options):
