@@ -74,7 +74,7 @@ def check_layout(storage: Storage, checkpoint: str, now: str | None, *, fresh: b
     """
     (saved, *_) = together(lambda: saved_under(checkpoint) if storage.is_keeper else None)
     by_parts = LOAD_TIME in (saved, now)  # each of these says more when it is opened
-    weights_alone = fresh and now == WHOLE and "latest" in os.listdir(checkpoint)
+    weights_alone = fresh and now == WHOLE and str(saved).startswith("DeepSpeed")
     if storage.is_one and None not in (saved, now) and saved != now and not (by_parts or weights_alone):
         raise CheckpointError(
             f"{checkpoint} was saved under {saved}, and this run trains under {now}", advice(checkpoint, saved)
