@@ -36,6 +36,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_files
+
 ROOT = Path(__file__).resolve().parents[1]
 SAVES = ["plain", "plain again", "plain, synced", "Trainer", "CWDTrainer"]
 LOADS = ["plain", "plain again", "Trainer", "CWDTrainer", "CWDTrainer, fast", "CWDTrainer, off"]
@@ -96,7 +98,7 @@ class Rank:
         with clean_state():
             found = self.saves()
         newest = {name: max((self.folder / name).glob("checkpoint-*"), key=step) for name in SAVES}
-        found["sizes"] = {name: sum(map(size, files(path))) for name, path in newest.items()}
+        found["sizes"] = {name: bench_files.size(path) for name, path in newest.items()}
         found["loads"] = self.rounds(LOADS, lambda name: self.load(name, newest["CWDTrainer"]))
         if agree.rank() == 0:
             (self.folder / "found.json").write_text(json.dumps(found))
@@ -184,7 +186,7 @@ class Rank:
             if name == "plain, synced":
                 agree.gathered(None)
                 if agree.rank() == 0:
-                    sync(folder / f"checkpoint-{trainer.state.global_step}")
+                    bench_files.sync(folder / f"checkpoint-{trainer.state.global_step}")
             elif name == "Trainer":
                 callback = CheckpointCallback()
                 callback.on_save(**seen, optimizer=trainer.optimizer)
@@ -210,7 +212,7 @@ class Rank:
             trainer = self.trainer(name, **options)
             trainer.add_callback(Stop)
             if self.args.cold:
-                forget(checkpoint)
+                bench_files.forget(checkpoint)
             found = self.timed(action)
             self.end(trainer)
         return found
@@ -218,28 +220,6 @@ class Rank:
 
 def step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
-
-
-def files(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.is_file()]
-
-
-def size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def sync(directory: Path) -> None:
-    for path in [*files(directory), *(path for path in directory.rglob("*") if path.is_dir()), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def forget(directory: Path) -> None:
-    """Asks the system to keep nothing of the files in memory, which does so with what is on the disk."""
-    for path in files(directory):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
