@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_cwd.kernels.base import COLUMNS, Settings, Sums
 from hf_cwd.origins import Origins
 from hf_cwd.sharding import agree
-from hf_cwd.sharding.dtensor import device, is_dtensor, local, mesh_of
-from hf_cwd.sharding.pieces import Replicate
+from hf_cwd.sharding.dtensor import device, is_dtensor, local
+from hf_cwd.sharding.groups import RankGroup, alone, of, of_meshes
 
 
 @dataclass(frozen=True)
@@ -99,26 +99,39 @@ class Statistics(NamedTuple):
 
 
 class _Owner(NamedTuple):
-    """A parameter of the optimizer, whose memory begins at ``address``.
+    """A parameter of the optimizer.
 
-    ``apart``: each rank has elements of its own of what is no DTensor.
+    Attributes:
+        address: where its memory on this rank begins.
+        group, number, position: its group, the group's number, and its place in the group.
+        ranks: those among which it lies in parts; this rank alone, where it has all of it.
+        copies: how many of them hold the same part.
     """
 
     address: int
     group: Mapping[str, Any]
-    number: int  # of the group
-    position: int  # in the group
+    number: int
+    position: int
     param: Tensor
-    apart: bool
+    ranks: RankGroup
+    copies: int
 
 
 class _Settled(NamedTuple):
-    """A call's numbers; for each row its owner (None where it is empty), its group's number, and a row of factors."""
+    """A call's numbers; for each row its owner (None where it is empty), its place in the sums, a row of factors."""
 
     owners: list[_Owner | None]
-    groups: Tensor
+    places: Tensor
     factors: Tensor
     numbers: Tensor
+
+
+class _Sampled(NamedTuple):
+    """The matrix of one exchange whose orthogonality is measured: its ranks, where they communicate, and errors."""
+
+    ranks: RankGroup
+    device: torch.device
+    errors: list[Tensor]
 
 
 class StepStatistics(Sums):
@@ -150,64 +163,67 @@ class StepStatistics(Sums):
         self.sample = sample
         self._settled: list[_Settled] = []
         self._settings: dict[int, Settings] = {}  # by group
-        self._numels: dict[int, float] = {}
-        self._matrices: dict[int, list[Tensor]] = {}  # errors by key
-        self._device: torch.device | None = None  # where ranks add up; None where each has all of it
+        self._numels: dict[tuple[RankGroup, int], float] = {}  # and by the ranks among which parameters lie in parts
+        self._matrices: dict[int, _Sampled] = {}  # by key
+        self._devices: dict[RankGroup, torch.device] = {}  # where ranks add up what lies in parts among them
+        self._places: dict[tuple[RankGroup, int], int] = {}
         self._origins: Origins | None = None
 
-    def settle(self, groups: Sequence[Mapping[str, Any]], origins: Origins, exchange: torch.device | None) -> None:
+    def settle(self, groups: Sequence[Mapping[str, Any]], origins: Origins) -> None:
         """Finds out whose the numbers of the last calls are. The optimizer does it at the end of each step.
 
         Args:
             groups: the parameter groups that were stepped.
             origins: theirs.
-            exchange: where ranks exchange matrices; None if they do not.
         """
         self._origins = origins
-        self._device = self._device or exchange
         owners = sorted(self._owners(groups, origins), key=lambda owner: owner.address)
         starts = [owner.address for owner in owners]
-        copies: dict[Any, int] = {}
         for params, settings, scales, numbers in self.calls:
             found = [owners[bisect_right(starts, p.data_ptr()) - 1] if p.numel() else None for p in params]
             places, factors = [], []
             for owner, p, given, scale in zip(found, params, settings, scales, strict=True):
-                number, share = 0, 0.0
+                place, share = 0, 0.0
                 if owner is not None:
-                    number, share = owner.number, 1.0
-                    if self._device is not None and not owner.apart:
-                        share /= _copies(owner.param, copies)
-                    if number not in self._settings:  # of a tensor lr this step's: a schedule may change it in place
+                    key, share = (owner.ranks, owner.number), 1 / owner.copies
+                    place = self._places.setdefault(key, len(self._places))
+                    if owner.number not in self._settings:  # a schedule may change a tensor lr in place
                         lr = given.lr.clone() if isinstance(given.lr, Tensor) else given.lr
-                        self._settings[number] = given._replace(lr=lr)
-                    self._numels[number] = self._numels.get(number, 0.0) + share * p.numel()
-                places.append(number)
+                        self._settings[owner.number] = given._replace(lr=lr)
+                    self._numels[key] = self._numels.get(key, 0.0) + share * p.numel()
+                places.append(place)
                 factors.append((share, share * scale**2, share, share))
             factors = torch.tensor(factors, dtype=torch.float64)
             self._settled.append(_Settled(found, torch.tensor(places), factors, numbers))
         self.calls = []
 
     def _owners(self, groups: Sequence[Mapping[str, Any]], origins: Origins) -> Iterator[_Owner]:
+        meshes = of_meshes(p.device_mesh for group in groups for p in group["params"] if is_dtensor(p))
         for group in groups:
             number = origins.number(group)
             for position, p in enumerate(group["params"]):
-                flat = origins.flat(p, group, needed=False)
-                apart = flat is not None or getattr(p, "_fsdp_flattened", False)  # FSDP version 1 marks it so
-                if self._device is None and is_dtensor(p):
-                    self._device = device(p)
-                elif self._device is None and apart:
-                    self._device = p.device if flat is None else flat.device
+                flat, ranks, where, copies = origins.flat(p, group, needed=False), alone(), p.device, 1
+                if is_dtensor(p):
+                    ranks, where = meshes[p.device_mesh], device(p)
+                    each = zip(p.device_mesh.shape, p.placements, strict=True)
+                    copies = prod(size for size, placement in each if placement.is_replicate())
+                elif flat is not None:
+                    ranks, where = of(None), flat.device
+                elif getattr(p, "_fsdp_flattened", False):  # FSDP version 1 marks it so
+                    ranks = of(None)
+                if ranks.together:
+                    self._devices[ranks] = where
                 if (part := local(p)).numel():
-                    yield _Owner(part.data_ptr(), group, number, position, p, apart)
+                    yield _Owner(part.data_ptr(), group, number, position, p, ranks, copies)
 
     @property
     def has_numbers(self) -> bool:
         """Whether a step was made."""
         return bool(self._settled)
 
-    def expect_matrix(self, key: int) -> None:
-        """Says that one of the ranks is going to add the matrix of this key; of several the lowest key is taken."""
-        self._matrices.setdefault(key, [])
+    def expect_matrix(self, key: int, ranks: RankGroup, device: torch.device) -> None:
+        """Says that one of these ranks is going to add the matrix of this key; of several the lowest key is taken."""
+        self._matrices.setdefault(key, _Sampled(ranks, device, []))
 
     def add_matrix(self, key: int, matrix: Tensor) -> None:
         """Takes an orthogonalised matrix, without its scale."""
@@ -218,28 +234,38 @@ class StepStatistics(Sums):
             o = o.to(torch.promote_types(o.dtype, torch.float32))
             gram = o @ o.T
         gram.diagonal().sub_(1)
-        self._matrices[key].append(torch.linalg.vector_norm(gram) / sqrt(max(1, len(o))))
+        self._matrices[key].errors.append(torch.linalg.vector_norm(gram) / sqrt(max(1, len(o))))
 
     def read(self) -> Statistics:
-        """The statistics. A collective of all ranks where parameters lie in parts, or matrices are shared out."""
-        size = len(self._origins or ())
-        sums = torch.zeros(size, COLUMNS, dtype=torch.float64)
+        """The statistics. A collective of the ranks among which parameters lie in parts, or share matrices out."""
+        sums = torch.zeros(max(1, len(self._places)), COLUMNS, dtype=torch.float64)
         for _, places, factors, numbers in self._settled:
             sums.index_add_(0, places, numbers.cpu() * factors)
-        is_finite = bool(sums.isfinite().all())
-        groups = [
-            _totals(self._settings.get(number), self._numels.get(number, 0.0), row)
-            for number, row in enumerate(sums.tolist())
-        ]
-        errors = self._matrices[min(self._matrices)] if self._matrices else []
-        flat = [number for totals in groups for number in astuple(totals)]
+        rows = dict(zip(self._places, sums.tolist(), strict=False))
+        devices = self._devices | {one.ranks: one.device for one in self._matrices.values() if one.ranks.together}
+        found = {ranks: self._added_up(ranks, devices.get(ranks), rows) for ranks in sorted({alone(), *devices})}
+        groups = [sum(each, Totals()) for each in zip(*(totals for totals, _ in found.values()), strict=True)]
+        error = found[self._matrices[min(self._matrices)].ranks][1] if self._matrices else None
+        return Statistics(groups, error, {} if bool(sums.isfinite().all()) else self._not_finite())
+
+    def _added_up(
+        self, ranks: RankGroup, device: torch.device | None, rows: Mapping[tuple[RankGroup, int], Sequence[float]]
+    ) -> tuple[list[Totals], float | None]:
+        """Each group's totals of what lies among some ranks, and the error of their matrix; with a device from all."""
+        flat: list[float] = []
+        for number in range(len(self._origins or ())):
+            row = rows.get((ranks, number))
+            own = Totals() if row is None else _totals(self._settings[number], self._numels[ranks, number], row)
+            flat += astuple(own)
+        keys = [key for key, one in self._matrices.items() if one.ranks == ranks]
+        errors = self._matrices[min(keys)].errors if keys else []
         flat += [sum(map(float, errors)), float(len(errors))]
-        if self._device is not None:
-            flat = agree.total(flat, self._device)
+        if device is not None:
+            flat = agree.total(flat, device, ranks.process_group)
         *flat, error, matrices = flat
         width = len(fields(Totals))
-        groups = [Totals(*flat[start : start + width]) for start in range(0, len(flat), width)]
-        return Statistics(groups, error / matrices if matrices else None, {} if is_finite else self._not_finite())
+        totals = [Totals(*flat[start : start + width]) for start in range(0, len(flat), width)]
+        return totals, error / matrices if matrices else None
 
     def _not_finite(self) -> dict[Tensor, str]:
         owners = [
@@ -251,26 +277,17 @@ class StepStatistics(Sums):
         return {o.param: self._origins.describe(o.param, o.position, o.group) for o in owners}
 
 
-def _totals(settings: Settings | None, numel: float, numbers: Sequence[float]) -> Totals:
-    """A group's, of its elements' number and sums; ``settings`` None: it had no step."""
-    if settings is None:
-        return Totals()
+def _totals(settings: Settings, numel: float, numbers: Sequence[float]) -> Totals:
+    """A group's, of its elements' number and sums."""
     decayed, update, weight, among = numbers
     lr, eligible = float(settings.lr), settings.weight_decay != 0
     return Totals(
-        **{"numel": numel, "eligible": numel if eligible else 0.0, "decayed": decayed, "weight": weight},
-        **{"eligible_weight": weight if eligible else 0.0, "decay": lr * settings.weight_decay * among},
-        **{"update": update, "change": lr**2 * update},
+        numel=numel,
+        eligible=numel if eligible else 0.0,
+        decayed=decayed,
+        weight=weight,
+        eligible_weight=weight if eligible else 0.0,
+        decay=lr * settings.weight_decay * among,
+        update=update,
+        change=lr**2 * update,
     )
-
-
-def _copies(p: Tensor, known: dict[Any, int]) -> int:
-    """How many ranks hold the same part of a parameter as this one."""
-    if not is_dtensor(p):
-        return agree.world()
-    key = (id(p.device_mesh), p.placements)
-    if key not in known:
-        mesh = mesh_of(p)
-        pairs = zip(mesh.shape, mesh.placements, strict=True)
-        known[key] = prod(size for size, placement in pairs if isinstance(placement, Replicate))
-    return known[key]

@@ -64,8 +64,10 @@ class CWDOptimizer(torch.optim.Optimizer):
     :class:`hf_cwd.matrices.Layout` by which the group's parameters hold several matrices, or hold them otherwise.
 
     Parameters may be plain tensors, DTensors (FSDP2, tensor parallelism), or such that DeepSpeed's ZeRO makes flat
-    tensors of. Element-wise rules step whatever part of a parameter a rank holds. Rules for matrices exchange parts, so
-    that every matrix is orthogonalised whole, by one rank: in a process group every rank must then call :meth:`step`.
+    tensors of. Element-wise rules step whatever part of a parameter a rank holds. Rules for matrices exchange the parts
+    of a DTensor or of a flat tensor, so that every matrix is orthogonalised whole, by one rank: the ranks of its device
+    mesh, or of DeepSpeed's group, must then all call :meth:`step`. A plain tensor is its rank's own, as in torch.optim,
+    and nobody communicates, unless it is known to be a replica: see ``share`` and :meth:`mark_replicated`.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts; dicts are copied, not mutated.
@@ -73,7 +75,8 @@ class CWDOptimizer(torch.optim.Optimizer):
         algorithm: rule of the groups that name none.
         companions: for the groups of other rules, their hyper-parameters' defaults: ``{"adamw": {"eps": 1e-6}}``.
         options: the rule's hyper-parameters, :class:`CommonOptions`, and for a rule for matrices ``share`` and
-            ``exchange_bytes``, see :func:`hf_cwd.sharding.plan.plan`.
+            ``exchange_bytes``, see :func:`hf_cwd.sharding.plan.plan`, and ``process_group``: the ranks that hold plain
+            tensors as replicas, by default the world.
 
     Raises:
         ValueError: a value out of range, or a parameter that the rule cannot take.
@@ -99,11 +102,13 @@ class CWDOptimizer(torch.optim.Optimizer):
         self.reset_because: str | None = None
         self._is_prepared = False
         self._origins = Origins()
-        self._matrix_step = MatrixStep.of(_rule(algorithm), options)
+        self._matrix_step = MatrixStep.of(self._origins, _rule(algorithm), options)
         self._cache: dict[Any, Any] = {}  # the kernels' tables
         known = {**COMMON, **_rule(algorithm).hyperparameters}
         for name in options.keys() - known.keys():
-            takes = {*known, "on_rule_change", *(EXCHANGE if _rule(algorithm).matrix is not None else ())}
+            takes = {*known, "on_rule_change"}
+            if _rule(algorithm).matrix is not None:
+                takes |= {*EXCHANGE, "process_group"}
             near = difflib.get_close_matches(name, takes, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(
@@ -126,8 +131,24 @@ class CWDOptimizer(torch.optim.Optimizer):
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """How matrices are exchanged between ranks: one, but under DeepSpeed one for each flat tensor; first none."""
+        """How matrices are exchanged between ranks: in each group of ranks; under DeepSpeed for each flat tensor.
+
+        Empty before the first step.
+        """
         return self._matrix_step.exchanges
+
+    def mark_replicated(self, params: Iterable[Tensor]) -> None:
+        """Says which plain tensors are replicas, with equal weights and gradients on all ranks, as under DDP.
+
+        ``share="auto"`` then lets one rank work for all where that is cheaper; by itself it takes plain tensors for
+        each rank's own. Under the Trainer this is done for the model that it wraps in DistributedDataParallel.
+
+        Args:
+            params: all of them: a later call takes the place of an earlier one. The optimizer may have others, and
+                need not have these.
+        """
+        own = {p for group in self.param_groups for p in group["params"]}
+        self._matrix_step.mark_replicated(own.intersection(params))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with the defaults of its rule. Raises ValueError, and adds nothing, if it cannot be trained."""
@@ -187,7 +208,8 @@ class CWDOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a sparse, complex or meta gradient; no parameter has changed then. Or another rank ended
                 during an exchange of matrices.
-            ValueError: before the first step, that matrices lie on ranks in a way that is not supported.
+            ValueError: that matrices lie on ranks in a way that is not supported, or that replicas have different
+                weights, gradients or states (looked at on the first step, and every 128th). Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -214,8 +236,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         else:
             self._step_elementwise()
         if self.statistics is not None:
-            moving = [exchange.device for exchange in self.exchanges if exchange.plan.rounds]
-            self.statistics.settle(self.param_groups, self._origins, moving[0] if moving else None)
+            self.statistics.settle(self.param_groups, self._origins)
         return loss
 
     def _prepare_flat(self) -> None:
@@ -233,7 +254,7 @@ class CWDOptimizer(torch.optim.Optimizer):
             states.make(self.state[p], p, group)
 
     def _member(self, p: Tensor, position: int, group: dict[str, Any], given: Settings) -> Member:
-        return Member(p, group, given, self._origins.describe(p, position, group), self._origins.flat(p, group))
+        return Member(p, position, group, given, self._origins.flat(p, group))
 
     def _members(self) -> list[Member]:
         """The parameters of matrix rules, those without a gradient too."""

@@ -1,11 +1,14 @@
 """The named optimizers: :class:`hf_cwd.optimizer.CWDOptimizer` with the arguments and defaults of one rule."""
 
 from collections.abc import Iterable
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 
 from hf_cwd.optimizer import CommonOptions, CWDOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CWDAdamW(CWDOptimizer):
@@ -80,7 +83,12 @@ class CWDMuon(CWDOptimizer):
         ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is
             bfloat16, on a CPU float32, and float64 for float64 parameters.
         adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`.
-        share, exchange_bytes: how ranks share the matrices out, see :func:`hf_cwd.sharding.plan.plan`.
+        share: ``"always"`` says that plain tensors are replicas with equal gradients on all ranks, and has one rank
+            work for all; ``"never"`` has every replica work for itself; ``"auto"`` takes what costs less where
+            replication is known: by ``Replicate`` placements, and from the Trainer, which knows what it wraps in DDP.
+            Other plain tensors are then their rank's own, as in torch.optim.Muon.
+        process_group: the ranks that hold plain tensors as replicas; None is the world.
+        exchange_bytes: about what a rank receives in a round, see :func:`hf_cwd.sharding.plan.plan`.
         adamw_lr: learning rate of the AdamW groups; None is ``lr``.
 
     Example:
@@ -107,6 +115,7 @@ class CWDMuon(CWDOptimizer):
         adjust_lr_fn: str = "match_rms_adamw",
         share: str = "auto",
         exchange_bytes: int = 1 << 28,
+        process_group: "ProcessGroup | None" = None,
         weight_decay: float = 1e-1,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
@@ -117,8 +126,8 @@ class CWDMuon(CWDOptimizer):
         super().__init__(
             params, lr, algorithm="muon", companions={"adamw": companion}, momentum=momentum, nesterov=nesterov,
             ns_coefficients=ns_coefficients, ns_steps=ns_steps, ns=ns, ns_dtype=ns_dtype,
-            eps=eps, adjust_lr_fn=adjust_lr_fn, share=share, exchange_bytes=exchange_bytes, weight_decay=weight_decay,
-            **options,
+            eps=eps, adjust_lr_fn=adjust_lr_fn, share=share, exchange_bytes=exchange_bytes,
+            process_group=process_group, weight_decay=weight_decay, **options,
         )  # fmt: skip
 
 

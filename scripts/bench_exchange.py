@@ -29,7 +29,7 @@ from torch.multiprocessing import ProcessExitedException, spawn
 
 from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES
-from hf_cwd.sharding import dtensor
+from hf_cwd.sharding import dtensor, groups
 from hf_cwd.sharding.build import Source, build
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE, Plan
@@ -128,7 +128,7 @@ def parameters(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
 def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) -> tuple[Exchange, Callable[[], None]]:
     """The exchange of these parameters, and one step of it that leaves them alone."""
     sources = [Source(p, f"matrix {i}", Layout(), stage, torch.float32) for i, p in enumerate(params)]
-    exchange = build(sources, share=args.share, exchange_bytes=args.exchange_bytes)
+    exchange = build(sources, groups.of(None), share=args.share, exchange_bytes=args.exchange_bytes)
     # Directions are there already, and results take their place: what a rule computes is not measured.
     parts, present = [dtensor.local(p).clone() for p in params], [True] * len(params)
 

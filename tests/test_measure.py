@@ -155,6 +155,6 @@ def test_a_learning_rate_that_changes_in_place_is_this_step_s():
     )
     origins, group = Origins(), {"params": [p]}
     origins.add(group, None)
-    statistics.settle([group], origins, None)
+    statistics.settle([group], origins)
     lr.fill_(7.0)
     assert statistics.read().total.effective_decay == pytest.approx(0.05)

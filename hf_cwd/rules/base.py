@@ -1,7 +1,9 @@
 """What a rule is."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +43,8 @@ class Rule:
         state_keys: names of the buffers for given hyper-parameters, in the order ``direction`` takes them. Each has the
             shape of the parameter, the dtype of :func:`state_dtype`, and starts at zero.
         hyperparameters: declared hyper-parameters by name; all are passed to ``direction`` by keyword.
-        matrix: ``(u, **hyperparameters) -> u`` on a whole matrix, run between ``direction`` and the mask.
+        matrix: ``(u, **hyperparameters) -> u`` on a whole matrix, run between ``direction`` and the mask. This and the
+            next three name each hyper-parameter that they read: an exchange is planned again when one of those changes.
         matrix_dtype: ``(dtype of u, device type, **hyperparameters) -> dtype`` that ``matrix`` computes in.
         matrix_flops: ``(rows, columns, **hyperparameters) -> int``, what ``matrix`` costs.
         scale: ``(full_shape, **hyperparameters) -> float``, a positive factor on the direction, not on the decay.
@@ -67,6 +70,14 @@ class Rule:
         missing = [name for name in needed if self.matrix is not None and getattr(self, name) is None]
         if missing:
             raise ValueError(f"rule {self.name!r} has a matrix stage, and so needs {', '.join(missing)} as well")
+
+    @cached_property
+    def matrix_hyperparameters(self) -> tuple[str, ...]:
+        """Names of the hyper-parameters that the matrix stage, its dtype, its cost and the scale depend on."""
+        read: set[str] = set()
+        for function in (self.matrix, self.matrix_dtype, self.matrix_flops, self.scale):
+            read.update(inspect.signature(function).parameters if function is not None else ())
+        return tuple(name for name in self.hyperparameters if name in read)
 
     def checked_hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's hyper-parameters in the form they are used in; ValueError names the first that is not valid."""

@@ -1,8 +1,11 @@
-"""What ranks find out together beside the exchange: mostly once, before they exchange anything."""
+"""What ranks find out together beside the exchange: mostly once, before they exchange anything.
+
+``group`` is a process group of torch.distributed's, None the world's.
+"""
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +13,11 @@ from torch import Tensor
 
 from hf_cwd.decay import sum_dtype
 from hf_cwd.sharding import dtensor
+from hf_cwd.sharding.groups import EXCHANGE, explained
 from hf_cwd.sharding.pieces import Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def digest(value: Any) -> int:
@@ -18,26 +25,29 @@ def digest(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
 
 
-def same(numbers: Sequence[int], device: torch.device) -> list[bool]:
+def same(numbers: Sequence[int], device: torch.device, group: "ProcessGroup | None") -> list[bool]:
     """For each number, whether all ranks gave the same one."""
     bounds = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64, device=device)
-    dist.all_reduce(bounds, dist.ReduceOp.MIN)
-    least, negated_most = bounds.chunk(2)
-    return (least == -negated_most).tolist()
+    with explained(EXCHANGE, "comparing what ranks are about to do"):
+        dist.all_reduce(bounds, dist.ReduceOp.MIN, group=group)
+        least, negated_most = bounds.chunk(2)
+        return (least == -negated_most).tolist()
 
 
-def everybody(flags: Sequence[bool], device: torch.device) -> list[bool]:
+def everybody(flags: Sequence[bool], device: torch.device, group: "ProcessGroup | None") -> list[bool]:
     """For each flag, whether it is set on all ranks."""
     common = torch.tensor(flags, dtype=torch.uint8, device=device)
-    dist.all_reduce(common, dist.ReduceOp.MIN)
-    return [bool(flag) for flag in common.tolist()]
+    with explained(EXCHANGE, "proving where weights lie"):
+        dist.all_reduce(common, dist.ReduceOp.MIN, group=group)
+        return [bool(flag) for flag in common.tolist()]
 
 
-def total(numbers: Sequence[float], device: torch.device) -> list[float]:
+def total(numbers: Sequence[float], device: torch.device, group: "ProcessGroup | None" = None) -> list[float]:
     """The sum over all ranks of each number."""
     sums = torch.tensor(numbers, dtype=sum_dtype(device), device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    with explained("a sum over ranks", "adding up"):
+        dist.all_reduce(sums, group=group)
+        return sums.tolist()
 
 
 def world() -> int:
@@ -55,24 +65,15 @@ def gathered(value: Any) -> list[Any]:
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
+    with explained("a report of all ranks", "gathering it"):
+        dist.all_gather_object(values, value)
     return values
-
-
-def are_copies(params: Sequence[Tensor], device: torch.device) -> list[bool]:
-    """For each parameter, whether all ranks have the same bits in it, as far as two sums of them tell."""
-    sums = []
-    for param in params:
-        bits = param.detach().reshape(-1).view(getattr(torch, f"int{8 * param.element_size()}"))
-        sums += [bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]
-    # The sums wrap around; without their lowest and highest bit they can be negated.
-    alike = same([int(s) >> 1 for s in sums], device)
-    return [first and second for first, second in zip(alike[::2], alike[1::2], strict=True)]
 
 
 def is_cut_as_told(param: Tensor, mesh: Mesh, rank: int) -> bool:
     """Whether this rank's part of a DTensor is what the mesh says, by its full tensor; a collective."""
-    full, part = dtensor.whole(param).detach(), dtensor.local(param.detach())
+    with explained(EXCHANGE, "proving where weights lie"):
+        full, part = dtensor.whole(param).detach(), dtensor.local(param.detach())
     pieces = mesh.pieces(tuple(param.shape), rank)
     if part.numel() != sum(torch.Size(piece.size).numel() for piece in pieces):
         return False

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_cwd.matrices import Layout
 from hf_cwd.sharding import agree, dtensor, zero
 from hf_cwd.sharding.exchange import Exchange
+from hf_cwd.sharding.groups import RankGroup, alone
 from hf_cwd.sharding.pieces import Mesh, check, everywhere
 from hf_cwd.sharding.plan import Entry, flops_per_byte, plan
 from hf_cwd.sharding.stage import Stage
@@ -45,35 +46,37 @@ class Source(NamedTuple):
         return dtensor.local(self.param).numel() if self.flat is None else self.flat.numel
 
 
-def build(sources: Sequence[Source], *, share: str, exchange_bytes: int, staging: Staging | None = None) -> Exchange:
-    """The exchange of these parameters. Every rank must call it; weights are read, nothing is changed.
+def build(
+    sources: Sequence[Source],
+    group: RankGroup,
+    *,
+    share: str,
+    exchange_bytes: int,
+    staging: Staging | None = None,
+) -> Exchange:
+    """The exchange of these parameters among the ranks of a group, each of which must call it; nothing is changed.
 
-    In a process group it communicates, unless all parameters are whole and ``share`` is "never": the ranks compare
-    what they are about to plan, prove that parts and copies of the weights are what they are taken for, and compare
-    the plan.
+    Where there are several ranks they compare what they are about to plan, prove that parts of the weights are what
+    they are taken for, and compare the plan.
+
+    Args:
+        sources: all of them on the ranks of ``group``: DTensors by their mesh, others whole on each rank.
 
     Raises:
         ValueError: a layout that is not understood, or is not what it says, or ranks that differ. All ranks raise.
+        RuntimeError: another rank did not call it.
     """
-    rank, ranks = _world()
-    sharded = [i for i, (param, *_, flat) in enumerate(sources) if flat is not None or dtensor.is_dtensor(param)]
-    device = _device(sources, sharded, together=len(ranks) > 1)
+    rank, device = alone().ranks[0], _device(sources, group)
     meshes: dict[int, Mesh] = {}
-    if len(ranks) > 1 and (sharded or share != "never"):
-        try:
-            meshes = _agreed(sources, sharded, rank, ranks, device, (share, exchange_bytes))
-        except ValueError as error:
-            if sharded or share == "always":
-                raise
-            _logger.warning("%s: each rank orthogonalises all of its matrices, as share=never does.", error)
-            ranks = [rank]
+    if group.together:
+        meshes = _agreed(sources, rank, group, device, (share, exchange_bytes))
     else:
         _prove_flat(sources, lambda flags: flags)
-        ranks = [rank]
     entries = []
     for i, (param, name, layout, stage, direction, flat) in enumerate(sources):
         wire = stage.wire(direction, device.type)
-        held = [(name, tuple(param.shape), meshes.get(i) or everywhere(ranks), 0)] if flat is None else flat.params
+        whole = (name, tuple(param.shape), meshes.get(i) or everywhere(group.ranks), 0)
+        held = [whole] if flat is None else flat.params
         entries += [Entry(own, shape, layout, how, stage, wire, i, offset) for own, shape, how, offset in held]
     planned = plan(entries, share=share, exchange_bytes=exchange_bytes, balance=flops_per_byte(device.type))
     exchange, problem = None, None
@@ -81,6 +84,7 @@ def build(sources: Sequence[Source], *, share: str, exchange_bytes: int, staging
         exchange = Exchange(
             planned,
             rank,
+            group,
             local_sizes=[source.numel for source in sources],
             device=device,
             batch_bytes=0 if device.type == "cpu" else exchange_bytes,  # batches save launches, and nothing on a CPU
@@ -89,59 +93,53 @@ def build(sources: Sequence[Source], *, share: str, exchange_bytes: int, staging
         )
     except ValueError as error:
         problem = error
-    if len(ranks) > 1:
-        fine, alike = agree.same([problem is None, agree.digest(planned)], device)
+    if group.together:
+        fine, alike = agree.same([problem is None, agree.digest(planned)], device, group.process_group)
         problem = problem or (None if fine else ValueError("another rank could not carry out the plan: see its error"))
         if problem is None and not alike:
             problem = ValueError("ranks planned different exchanges: do they run the same versions of this package?")
     if problem is not None:
         raise problem
-    if rank == 0 and planned.rounds:
-        moving = sum(job.round is not None for job in planned.jobs)
+    if planned.rounds and rank == min(group.ranks):
         _logger.info(
             "%d of %d matrices travel between %d ranks, in %d rounds; the busiest rank receives %.1f MB a step",
-            *(moving, len(planned.jobs), len(ranks), planned.rounds, max(planned.received.values()) / 1e6),
+            sum(job.round is not None for job in planned.jobs),
+            len(planned.jobs),
+            len(group.ranks),
+            planned.rounds,
+            max(planned.received.values()) / 1e6,
         )
     return exchange
 
 
-def _world() -> tuple[int, list[int]]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), list(range(dist.get_world_size()))
-    return 0, [0]
-
-
-def _device(sources: Sequence[Source], sharded: Sequence[int], *, together: bool) -> torch.device:
+def _device(sources: Sequence[Source], group: RankGroup) -> torch.device:
     """Where matrices are gathered and orthogonalised: where the process group communicates."""
-    if sharded:
-        first = sources[sharded[0]]
-        return dtensor.device(first.param) if first.flat is None else first.flat.device
+    for source in sources:
+        if source.flat is not None:
+            return source.flat.device
+        if dtensor.is_dtensor(source.param):
+            return dtensor.device(source.param)
     device = sources[0].param.device
-    if together and f"{device.type}:" not in dist.get_backend_config():
+    if group.together and f"{device.type}:" not in dist.get_backend_config(group.process_group):
         return dtensor.current_device(torch.accelerator.current_accelerator().type)
     return device
 
 
 def _agreed(
-    sources: Sequence[Source],
-    sharded: Sequence[int],
-    rank: int,
-    ranks: Sequence[int],
-    device: torch.device,
-    options: tuple[str, int],
+    sources: Sequence[Source], rank: int, group: RankGroup, device: torch.device, options: tuple[str, int]
 ) -> dict[int, Mesh]:
     """The meshes of the DTensors, once all ranks have the same parameters and every layout has been proven."""
-    meshes, problem = {}, None
+    meshes, problem, together = {}, None, group.process_group
     try:
-        meshes = {i: _mesh(sources[i], ranks) for i in sharded if sources[i].flat is None}
+        meshes = {i: _mesh(source) for i, source in enumerate(sources) if dtensor.is_dtensor(source.param)}
     except ValueError as error:
         problem = error
     described = []
     for i, source in enumerate(sources):
-        held = meshes.get(i) if source.flat is None else source.flat.params
-        described.append((source.param.shape, source.layout, source.stage, source.direction, held))
+        held = (source.name, source.param.shape, meshes.get(i)) if source.flat is None else source.flat.params
+        described.append((held, source.layout, source.stage, source.direction))
     fine, count, options_alike, alike = agree.same(
-        [problem is None, len(sources), agree.digest(options), agree.digest(described)], device
+        [problem is None, len(sources), agree.digest(options), agree.digest(described)], device, together
     )
     if problem is not None or not fine:
         raise problem or ValueError("another rank refused the layout of its parameters: see its error")
@@ -150,21 +148,16 @@ def _agreed(
     if not options_alike:
         raise ValueError(f"ranks have different options, here share={options[0]}, exchange_bytes={options[1]}")
     if not alike:
-        each = agree.same([agree.digest(value) for value in described], device)
-        raise ValueError(f"{sources[each.index(False)].name} has another shape, layout or options on another rank")
+        each = agree.same([agree.digest(value) for value in described], device, together)
+        raise ValueError(
+            f"{sources[each.index(False)].name} has another name, shape, layout or options on another rank, or another "
+            "place among its parameters. Give all ranks the same parameters in the same order"
+        )
 
-    _prove_flat(sources, lambda flags: agree.everybody(flags, device))
-    plain = [i for i, source in enumerate(sources) if i not in meshes and source.flat is None]
-    copies = agree.are_copies([sources[i].param for i in plain], device)
-    for i, is_copy in zip(plain, copies, strict=True):
-        if not is_copy:
-            raise ValueError(
-                f"{sources[i].name} is not a DTensor and has different weights on different ranks, so that it is "
-                "neither sharded in a way that is known here, nor replicated"
-            )
+    _prove_flat(sources, lambda flags: agree.everybody(flags, device, together))
     kinds = {(tuple(sources[i].param.shape), mesh): i for i, mesh in reversed(meshes.items())}
-    told = agree.everybody([agree.is_cut_as_told(sources[i].param, meshes[i], rank) for i in kinds.values()], device)
-    for i, is_true in zip(kinds.values(), told, strict=True):
+    told = [agree.is_cut_as_told(sources[i].param, meshes[i], rank) for i in kinds.values()]
+    for i, is_true in zip(kinds.values(), agree.everybody(told, device, together), strict=True):
         if not is_true:
             raise ValueError(
                 f"{sources[i].name} is not cut as its placements {sources[i].param.placements} say: its parts do not "
@@ -191,15 +184,10 @@ def _prove_flat(sources: Sequence[Source], on_all: Callable[[list[bool]], list[b
                     )
 
 
-def _mesh(source: Source, ranks: Sequence[int]) -> Mesh:
+def _mesh(source: Source) -> Mesh:
     try:
         mesh = dtensor.mesh_of(source.param)
         check(tuple(source.param.shape), mesh)
     except ValueError as error:
         raise ValueError(f"{source.name} is a DTensor in a layout that is not supported: {error}") from None
-    if sorted(mesh.ranks) != list(ranks):
-        raise ValueError(
-            f"{source.name} lies on ranks {sorted(mesh.ranks)} only, of {len(ranks)}; its matrices can be exchanged "
-            "among all ranks only. Use an element-wise rule for it, such as adamw"
-        )
     return mesh

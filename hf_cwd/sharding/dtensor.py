@@ -32,17 +32,17 @@ def local_grad(param: Tensor) -> Tensor:
 
 
 def mesh_of(param: Tensor) -> Mesh:
-    """Which rank holds what of a DTensor.
+    """Which rank of its device mesh holds what of a DTensor.
 
-    Its device mesh may be a part of a larger one (FSDP beside tensor parallelism, experts): the ranks outside of it
-    then hold copies of the tensor in meshes of the same kind, and become a dimension of replicas.
+    Ranks outside of it hold another tensor, for all that is known here, even where their mesh is another part of the
+    same larger one: two stages of a pipeline do. What is replicated, a Replicate placement says.
 
     Raises:
         ValueError: a placement that holds no part of the tensor, or one unknown.
     """
-    mesh, placements = param.device_mesh, tuple(_placement(p) for p in param.placements)
-    alike = mesh._layout.remap_to_tensor(mesh._rank_map)  # (meshes of this kind, *mesh.shape)
-    return Mesh(tuple(alike.shape), tuple(alike.flatten().tolist()), (Replicate(), *placements))
+    mesh = param.device_mesh
+    ranks = tuple(mesh.mesh.flatten().tolist())
+    return Mesh(tuple(mesh.shape), ranks, tuple(_placement(p) for p in param.placements))
 
 
 def whole(param: Tensor) -> Tensor:

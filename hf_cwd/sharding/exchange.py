@@ -3,8 +3,7 @@
 One all-to-all in each direction a round, and one all-reduce of a byte a parameter: which of them have a gradient.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_cwd.sharding.copies import copy_parts, cut, of_local, of_matrix, scale_parts, size_of, unpack
+from hf_cwd.sharding.groups import EXCHANGE, RankGroup, explained
 from hf_cwd.sharding.itinerary import Batch, Itinerary, Round
 from hf_cwd.sharding.plan import Plan
 from hf_cwd.sharding.staging import Staging
@@ -31,8 +31,9 @@ class Exchange:
     """One rank's part in a :class:`hf_cwd.sharding.plan.Plan`.
 
     Args:
-        plan: equal on all ranks; where it has rounds, of all ranks of the default process group.
+        plan: equal on all ranks of the group.
         rank: this one.
+        group: the ranks of the plan.
         local_sizes: elements of each of the optimizer's local tensors, without padding.
         device: where matrices are gathered and orthogonalised.
         batch_bytes: matrices that do not move are taken together up to this size.
@@ -47,6 +48,7 @@ class Exchange:
         self,
         plan: Plan,
         rank: int,
+        group: RankGroup,
         *,
         local_sizes: Sequence[int],
         device: torch.device,
@@ -55,13 +57,15 @@ class Exchange:
         padded: Sequence[int] = (),
     ) -> None:
         self.plan = plan
+        self.group = group
         self.device = device
         self._staging = staging
-        peers = range(dist.get_world_size()) if plan.rounds else [rank]
         # Gloo has all-to-alls from one tensor only, so that a result for several replicas is copied for each of them.
-        self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config()
+        self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config(
+            group.process_group
+        )
         self.itinerary = Itinerary(
-            plan, rank, peers=peers, local_sizes=local_sizes, batch_bytes=batch_bytes, padded=padded
+            plan, rank, peers=group.ranks, local_sizes=local_sizes, batch_bytes=batch_bytes, padded=padded
         )
 
     def new_part(self, source: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,7 +125,7 @@ class Exchange:
             return self._start(sent, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}", alike)
 
         def finish(k: int, transfer: Transfer) -> None:
-            with _naming(transfer.what):
+            with explained(EXCHANGE, transfer.what):
                 transfer.work.wait()
             arrived = [p for peer in rounds[k].returned for p in peer if p.source not in absent]
             received = transfer.received
@@ -159,7 +163,7 @@ class Exchange:
             stay(self.itinerary.still[0])
         outgoing = None
         for k, round_ in enumerate(rounds):
-            with _naming(incoming.what):
+            with explained(EXCHANGE, incoming.what):
                 incoming.work.wait()
             stacks, matrices = self._allocate(round_)
             self._fill(round_, matrices, parts, absent)
@@ -194,8 +198,8 @@ class Exchange:
         flags = torch.ones(len(moving), dtype=torch.uint8, device=self.device)
         if not all(found):
             flags.copy_(torch.tensor(found))
-        with _naming("agreeing on gradients"):
-            work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+        with explained(EXCHANGE, "agreeing on gradients"):
+            work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group.process_group, async_op=True)
             if not all(found):
                 work.wait()
                 absent -= {source for source, anywhere in zip(moving, flags.tolist(), strict=True) if anywhere}
@@ -229,12 +233,14 @@ class Exchange:
         if alike is not None:
             packed = dict(zip(sorted(set(alike)), given, strict=True))
             given = [packed[leader] for leader in alike]
-        with _naming(what):
+        group = self.group.process_group
+        with explained(EXCHANGE, what):
             if alike is None or self._needs_one_tensor:
                 buffer = buffer if alike is None else torch.cat(given)
-                work = dist.all_to_all_single(received, buffer, sizes, [len(part) for part in given], async_op=True)
+                to_each = [len(part) for part in given]
+                work = dist.all_to_all_single(received, buffer, sizes, to_each, group=group, async_op=True)
             else:
-                work = dist.all_to_all(list(received.split(sizes)), list(given), async_op=True)
+                work = dist.all_to_all(list(received.split(sizes)), list(given), group=group, async_op=True)
         return Transfer(work, received, buffer, what)
 
     def _allocate(self, round_: Round) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -264,14 +270,3 @@ def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], 
     whole = [p for source, p in round_.whole.items() if source not in absent]
     scale_parts([(matrices[p.job], p.scale) for p in whole])
     parts.update({p.source: matrices[p.job].to(parts[p.source].device) for p in whole})
-
-
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the exchange of matrices between ranks failed while {what}: {error}. Another rank has ended, or did not "
-            "call step(); its own error, if any, is the cause"
-        ) from error

@@ -115,7 +115,7 @@ def plan(
 
     Args:
         share: ``"always"``: one rank works for all replicas; ``"never"``: each replica works for itself; ``"auto"``:
-            what costs less, of each kind of matrix.
+            what costs less, of each kind of matrix. Replicas are what the entries' shardings say.
         exchange_bytes: about what a rank receives in a round: there are as many rounds as the busiest rank's bytes are
             of these, or of the largest matrix where that has more. Matrices are not cut, so a round may have more.
         balance: operations that take as long as receiving a byte, see :func:`flops_per_byte`.
@@ -125,7 +125,7 @@ def plan(
     flops, load = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     jobs, waiting = [], []
     for i, entry in enumerate(entries):
-        table, copies = _holders(entry.shape, entry.layout, entry.sharding), _replicas(entry.sharding)
+        table, copies = _holders(entry.shape, entry.layout, entry.sharding), replicas(entry.sharding)
         for matrix, shape in enumerate(matrix_shapes(entry.shape, entry.layout)):
             holders, cost = table[matrix], entry.stage.flops(shape)
             if not holders:
@@ -154,7 +154,7 @@ def plan(
 def holders(entry: Entry, job: Job) -> dict[int, int]:
     """The ranks that get a part of a job's result, and how many elements each holds."""
     table = _holders(entry.shape, entry.layout, entry.sharding)[job.matrix]
-    copies = _replicas(entry.sharding)
+    copies = replicas(entry.sharding)
     if len(job.serves) == len(copies):
         return table
     return {rank: table[rank] for replica in job.serves for rank in copies[replica] if rank in table}
@@ -163,7 +163,7 @@ def holders(entry: Entry, job: Job) -> dict[int, int]:
 def sources(entry: Entry, job: Job) -> list[int]:
     """The ranks that the owner gathers a job's matrix from, itself included."""
     table = _holders(entry.shape, entry.layout, entry.sharding)[job.matrix]
-    return [rank for rank in _replicas(entry.sharding)[entry.sharding.replica(job.owner)] if rank in table]
+    return [rank for rank in replicas(entry.sharding)[entry.sharding.replica(job.owner)] if rank in table]
 
 
 def _in_rounds(
@@ -238,8 +238,8 @@ def _holders(shape: Shape, layout: Layout, sharding: Sharding) -> list[dict[int,
 
 
 @cache
-def _replicas(sharding: Sharding) -> list[tuple[int, ...]]:
-    """The ranks of each replica."""
+def replicas(sharding: Sharding) -> list[tuple[int, ...]]:
+    """The ranks of each replica, by its number."""
     copies: dict[int, list[int]] = {}
     for rank in sharding.ranks:
         copies.setdefault(sharding.replica(rank), []).append(rank)

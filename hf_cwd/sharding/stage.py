@@ -16,7 +16,7 @@ class Stage:
 
     Attributes:
         rule: name of the rule.
-        hyper: its hyper-parameters as sorted pairs.
+        hyper: those of its hyper-parameters that the stage depends on, as sorted pairs.
     """
 
     rule: str
@@ -24,7 +24,8 @@ class Stage:
 
     @classmethod
     def of(cls, rule: str, hyper: Mapping[str, Any]) -> "Stage":
-        return cls(rule, tuple(sorted((name, _hashable(value)) for name, value in hyper.items())))
+        names = sorted(hyper.keys() & RULES[rule].matrix_hyperparameters)
+        return cls(rule, tuple((name, _hashable(hyper[name])) for name in names))
 
     def __call__(self, u: Tensor) -> Tensor:
         return RULES[self.rule].matrix(u, **dict(self.hyper))

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.origins import listed
 from hf_cwd.rules import RULES
+from hf_cwd.sharding.dtensor import is_dtensor
 from hf_cwd.state_dict import RESET
 from hf_cwd.trainer import deepspeed
 from hf_cwd.trainer.log import logger, warn_once
@@ -155,6 +156,24 @@ def check_parameters(args: Any, optimizer: CWDOptimizer, model: nn.Module) -> No
             "as they are. Freeze them, or make the optimizer after they were unfrozen, or after the embeddings were "
             "resized"
         )
+
+
+def mark_replicated(optimizer: Any, found: CWDOptimizer, model: nn.Module) -> None:
+    """Tells the optimizer which parameters are replicas: those of the model that Accelerate wraps in DDP.
+
+    Args:
+        optimizer: the Trainer's, with its wrappers.
+        found: the one inside.
+        model: that trains, without its wrappers.
+    """
+    state = next((layer.accelerator_state for layer in layers(optimizer) if hasattr(layer, "accelerator_state")), None)
+    is_ddp = state is not None and str(state.distributed_type.value).startswith("MULTI_")
+    # Under tensor parallelism Accelerate has the same type, and wraps nothing.
+    if not is_ddp or any(map(is_dtensor, model.parameters())):
+        found.mark_replicated(())
+        return
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    found.mark_replicated(p for name, p in model.named_parameters() if name not in ignored)
 
 
 def check_schedule(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any) -> None:

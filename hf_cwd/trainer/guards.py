@@ -57,6 +57,7 @@ class OptimizerGuard(TrainerCallback):
         if found is None:
             return
         checks.check_parameters(args, found, model)
+        checks.mark_replicated(optimizer, found, model)
         checks.check_schedule(args, found, lr_scheduler)
         checks.warn_of_zeros(args, found)
         if state.global_step > 0:

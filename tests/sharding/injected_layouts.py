@@ -50,7 +50,11 @@ def distribute(model: Model, on: DeviceMesh, placements: Callable[[str, nn.Param
 
 
 def plain(model: Model) -> None:
-    """As under DDP."""
+    """Each rank's own."""
+
+
+def ddp(model: Model) -> None:
+    """The same; injected_ranks.py marks them as replicas, as the Trainer's guard does under DDP."""
 
 
 def replicated(model: Model) -> None:

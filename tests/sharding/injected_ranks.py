@@ -48,21 +48,39 @@ def same(ours, wanted):
     )
 
 
+def parameters_of(exchange):
+    """The names of its parameters, by the number of the plan's entry."""
+    return [entry.name.split("'")[1] for entry in exchange.plan.entries]
+
+
 def check_traffic(case, optimizer, seen, given, step, rank, world):
     """Raises AssertionError unless exactly what has to move moved, in as few calls as that takes."""
-    names = of_matrices(case.variant)
-    calls = dict(seen.calls)
-    if not names:
+    calls, options = dict(seen.calls), dict(case.variant.options)
+    if not of_matrices(case.variant):
         assert not calls, f"an element-wise rule communicated: {calls}"
-        return 0
-    plan = optimizer.exchanges[0].plan
-    options = dict(case.variant.options)
+        return
+    if case.layout == "plain" and options.get("share") != "always":
+        assert not calls, f"ranks that nothing connects communicated: {calls}"
+    if case.layout in ("plain", "ddp") and options.get("share") == "never":
+        assert not calls, f"share=never communicated: {calls}"
     if step == 0:
-        if case.layout == "plain" and options.get("share") == "never":
-            assert not calls, f"share=never communicated: {calls}"
-        return plan.rounds
-    once = {"all_to_all_single": 2 * plan.rounds, "all_reduce": 1} if plan.rounds else {}
+        return
+    exchanges = [exchange for exchange in optimizer.exchanges if exchange.plan.rounds]
+    rounds = sum(exchange.plan.rounds for exchange in exchanges)
+    once = {"all_to_all_single": 2 * rounds, "all_reduce": len(exchanges)} if rounds else {}
     assert calls == once, f"{calls} instead of {once}"
+    received = [0] * world
+    for exchange in exchanges:
+        check_exchange(case, exchange, given, rank, received)
+    assert seen.received == received, f"received {seen.received} bytes from each rank instead of {received}"
+    if options.get("share") == "never" and case.layout in ("replicated", "whole_experts"):
+        assert not calls, "share=never in a replicated layout"
+
+
+def check_exchange(case, exchange, given, rank, received):
+    """Adds what this rank has to receive from each in an exchange, and compares it with what the plan says."""
+    plan, names, ranks = exchange.plan, parameters_of(exchange), exchange.group.ranks
+    options = dict(case.variant.options)
     sizes = {"bfloat16": 2, "float32": 4, "float64": 8}
     direction = 8 if case.variant.dtype == torch.float64 else 4
     itemsize = min(direction, sizes.get(options.get("ns_dtype"), direction))
@@ -73,19 +91,17 @@ def check_traffic(case, optimizer, seen, given, step, rank, world):
     }
     replicas = dict(zip(names, replicas, strict=True))
     present = {name for name in names if given[name] is not None}  # on some rank
-    bytes_, largest = injected_traffic.expected(plan.jobs, names, held, replicas, present, itemsize)
-    own = [bytes_[rank, sender] for sender in range(world)]
-    assert seen.received == own, f"received {seen.received} bytes from each rank instead of {own}"
+    bytes_, largest = injected_traffic.expected(ranks, plan.jobs, names, held, replicas, present, itemsize)
+    own = {sender: bytes_[rank, sender] for sender in ranks}
+    for sender, size in own.items():
+        received[sender] += size
     if present == set(names):
-        totals = [sum(bytes_[receiver, sender] for sender in range(world)) for receiver in range(world)]
-        assert sum(seen.received) == plan.received[rank], "the plan says otherwise"
+        totals = [sum(bytes_[receiver, sender] for sender in ranks) for receiver in ranks]
+        assert sum(own.values()) == plan.received[rank], "the plan says otherwise"
         rounds = injected_traffic.rounds(totals, largest, options.get("exchange_bytes", 1 << 28))
         assert plan.rounds == rounds, f"{plan.rounds} rounds instead of {rounds}"
     if case.layout == "whole_experts":
         assert not [job for job in plan.jobs if names[job.entry].startswith("experts") and job.round is not None]
-    if options.get("share") == "never" and case.layout in ("plain", "replicated", "whole_experts"):
-        assert not calls, "share=never in a replicated layout"
-    return plan.rounds
 
 
 def run(case, rank, world):
@@ -93,7 +109,8 @@ def run(case, rank, world):
     getattr(injected_layouts, case.layout)(model)
     params = {name: dict(model.named_parameters())[name] for name in PARAMETERS}
     optimizer = make(params, case.variant)
-    rounds = 0
+    if case.layout == "ddp":
+        optimizer.mark_replicated(params.values())
     for step in range(STEPS):
         given = gradients(case, step, rank, world)
         for name, p in params.items():
@@ -105,10 +122,14 @@ def run(case, rank, world):
             optimizer.step()
         if step and case.pattern == "changing":
             assert deep.count == seen.calls.total(), "a collective went past torch.distributed's functions"
-        rounds = max(rounds, check_traffic(case, optimizer, seen, given, step, rank, world))
-    names, moving = of_matrices(case.variant), set()
-    if names:
-        moving = {names[job.entry] for job in optimizer.exchanges[0].plan.jobs if job.round is not None}
+        check_traffic(case, optimizer, seen, given, step, rank, world)
+    moving = {
+        parameters_of(exchange)[job.entry]
+        for exchange in optimizer.exchanges
+        for job in exchange.plan.jobs
+        if job.round is not None
+    }
+    rounds = max((exchange.plan.rounds for exchange in optimizer.exchanges), default=0)
     found = optimizer.statistics.read()
     reference = reference_of(case, rank, world, moving)
     if case.pattern != "some_ranks":  # a rank's reference then has that rank's gradients only

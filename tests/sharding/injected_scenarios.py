@@ -28,5 +28,10 @@ def scenarios(world: int) -> dict[str, tuple]:
         if kind.matrix is not None:
             for name, refusal in refusals.REFUSALS.items():
                 found[f"refused-{rule}-{name}"] = (refusals.refused, rule, *refusal)
-            found[f"warned-{rule}"] = (refusals.warned, rule)
+            for function in (
+                refusals.marked_apart,
+                refusals.rounding_is_no_difference,
+                refusals.each_for_itself,
+            ):
+                found[f"{function.__name__}-{rule}"] = (function, rule)
     return found

@@ -85,6 +85,7 @@ class Layout(NamedTuple):
 # By the names of the functions in injected_layouts.py that do it.
 LAYOUTS: dict[str, Layout] = {
     "plain": Layout((1, 2, 3, 4), (2,)),
+    "ddp": Layout((2, 3)),
     "replicated": Layout((2,)),
     "fsdp2": Layout((1, 2, 3, 4), (1, 2)),
     "fsdp2_columns": Layout((2,)),

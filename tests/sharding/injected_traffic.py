@@ -48,7 +48,8 @@ class Collectives:
             if name == "all_to_all_single":
                 output, _, sizes = args[:3]
                 assert sum(sizes) == output.numel()
-                for sender, size in enumerate(sizes):
+                senders = dist.get_process_group_ranks(kwargs["group"])
+                for sender, size in zip(senders, sizes, strict=True):
                     self.received[sender] += size * output.element_size()
             return function(*args, **kwargs)
 
@@ -85,10 +86,11 @@ def shares(home: torch.Tensor, elements: list[torch.Tensor]) -> list[list[int]]:
     return [home[own.flatten()].bincount(minlength=count).tolist() for own in elements]
 
 
-def expected(jobs, names, held, replicas, present, itemsize):
+def expected(ranks, jobs, names, held, replicas, present, itemsize):
     """Bytes by (receiver, sender): an owner receives what it lacks, everybody else what they hold of the result.
 
     Args:
+        ranks: those that exchange.
         jobs: the plan's: which rank owns a matrix, and in whose name.
         names: of the parameters, by the number of the plan's entry.
         held: by parameter, what :func:`shares` says.
@@ -101,11 +103,11 @@ def expected(jobs, names, held, replicas, present, itemsize):
         name = names[job.entry]
         if name not in present:
             continue
-        holds = [counts[job.matrix] for counts in held[name]]
-        alike = [rank for rank, replica in enumerate(replicas[name]) if replica == replicas[name][job.owner]]
-        everybody = len(job.serves) > 1 or len(set(replicas[name])) == 1
+        holds = {rank: held[name][rank][job.matrix] for rank in ranks}
+        alike = [rank for rank in ranks if replicas[name][rank] == replicas[name][job.owner]]
+        everybody = len(job.serves) > 1 or len(alike) == len(ranks)
         assert holds[job.owner], "an owner holds a part"
-        for rank, count in enumerate(holds):
+        for rank, count in holds.items():
             if rank == job.owner or not count:
                 continue
             if holds[job.owner] < job.numel and rank in alike:

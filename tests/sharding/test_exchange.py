@@ -9,6 +9,7 @@ import torch
 from hf_cwd.matrices import Layout
 from hf_cwd.rules import RULES
 from hf_cwd.sharding.build import Source, build
+from hf_cwd.sharding.groups import alone
 from hf_cwd.sharding.stage import Stage
 from hf_cwd.sharding.staging import Staging
 
@@ -21,7 +22,7 @@ def test_whole_matrices(given):
     params = [torch.randn(shape, generator=torch.manual_seed(k)) for k, shape in enumerate(SHAPES)]
     stage = Stage.of("muon", HYPER)
     sources = [Source(p, f"matrix {k}", Layout(), stage, torch.float32) for k, p in enumerate(params)]
-    exchange, offered, results = build(sources, share="never", exchange_bytes=1 << 20), [], {}
+    exchange, offered, results = build(sources, alone(), share="never", exchange_bytes=1 << 20), [], {}
 
     def directions(wanted, outs):
         offered.extend(outs)

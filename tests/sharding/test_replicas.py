@@ -54,15 +54,16 @@ def rank_main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, packed, results = dist.get_rank(), [], {}
 
-    def all_to_all(received, given, *, async_op):
+    def all_to_all(received, given, *, group, async_op):
         assert async_op
+        assert group is None
         packed.append(len({part.data_ptr() for part in given if part.numel()}))
         received[rank].copy_(given[rank])
         sends = [dist.isend(part, peer) for peer, part in enumerate(given) if part.numel() and peer != rank]
         receives = [dist.irecv(part, peer) for peer, part in enumerate(received) if part.numel() and peer != rank]
         return Works(sends + receives)
 
-    dist.all_to_all, dist.get_backend_config = all_to_all, lambda: "cpu:with_lists"
+    dist.all_to_all, dist.get_backend_config = all_to_all, lambda group: "cpu:with_lists"
     alone = [parameter(*shape, seed=seed) for seed, shape in enumerate(SHAPES)]
     train(alone, lambda tensor: tensor, share="never")
     for name, placements in LAYOUTS.items():
