@@ -174,10 +174,10 @@ class MatrixStep:
 
         They are made before the first step, since FSDP2 swaps parameters, and again after a change.
         """
-        of_groups = [list(some) for _, some in groupby(members, lambda member: id(member.group))]
-        stages = [
-            (Stage.of(m.rule.name, dict(m.settings.hyper)), m.layout, len(some)) for some in of_groups for m in some[:1]
-        ]
+        stages = []
+        for _, some in groupby(members, lambda member: id(member.group)):
+            first, *others = some
+            stages.append((Stage.of(first.rule.name, dict(first.settings.hyper)), first.layout, 1 + len(others)))
         wanted = ([id(member.param) for member in members], stages)
         place = id(members[0].param)
         old, exchanges = self._prepared.get(place, (None, []))

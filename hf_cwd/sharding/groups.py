@@ -116,6 +116,7 @@ def _of_mesh(mesh: "DeviceMesh", ranks: tuple[int, ...]) -> RankGroup:
         return of(None)
     if (group := _made.get(ranks)) is None:
         with explained(f"making a process group of ranks {list(ranks)}", "waiting for all of them"):
+            _count_groups_alike(mesh)
             group = _made[ranks] = dist.new_group(
                 list(ranks),
                 timeout=_timeout(mesh.device_type),
@@ -124,6 +125,19 @@ def _of_mesh(mesh: "DeviceMesh", ranks: tuple[int, ...]) -> RankGroup:
                 group_desc="hf_cwd: exchange of matrices. If it times out, another rank has ended or called no step()",
             )
     return of(group)
+
+
+def _count_groups_alike(mesh: "DeviceMesh") -> None:
+    """Gives all ranks of a mesh as many process groups as the rank that is in the most.
+
+    With use_local_synchronization torch makes a group's name from their number, and waits in vain under another name.
+    """
+    own = len(dist.distributed_c10d._world.pg_names)
+    most = torch.tensor(own, device=torch.device(mesh.device_type))
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+    for _ in range(int(most) - own):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _timeout(device_type: str) -> Any:
