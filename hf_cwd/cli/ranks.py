@@ -97,6 +97,11 @@ def lines(layout: Parallelism | Zero, found: Bill, *, optim: str, dtype: str, un
         )
     else:
         result.append("No exchange: every matrix is orthogonalised where it is")
+    if isinstance(layout, Parallelism) and layout.ddp == layout.world > 1 and any(moved):
+        result.append(
+            "Replicas share the work under the Trainer, which knows what it wraps in DDP. In a loop of your own each "
+            "rank works for itself unless share=always says that they are replicas"
+        )
     work, idle = [cost.flops for cost in ranks], sum(cost.flops == 0 for cost in ranks)
     result.append(
         f"The busiest rank orthogonalises {max(work) * len(work) / sum(work):.2f} times the mean; {idle:,} of "

@@ -151,6 +151,16 @@ def test_variation_was_active(table, case):
             assert rank["applied_norms"] == pytest.approx([limit] * STEPS, rel=1e-4)  # torch divides by norm + 1e-6
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if RULES[case.rule].matrix], ids=str)
+def test_ranks_that_share_parameters_share_the_work(table, case):
+    """Among them DDP's, of whose parameters only the Trainer knows that they are replicas."""
+    layout = LAYOUTS[case.layout]
+    everybody = tuple(range(layout.world))
+    for number, rank in enumerate(rank[case] for rank in table(layout.world, bool(layout.deepspeed))):
+        # Under tensor parallelism some matrices are plain tensors, and each rank's own.
+        assert set(rank["together"]) - {(number,)} == {everybody}
+
+
 def test_activation_checkpointing_of_fsdp2_was_active(table):
     for case in layouts.cases(2):
         if case.layout == "fsdp2_checkpointed":

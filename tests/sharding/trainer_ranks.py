@@ -203,6 +203,7 @@ def train(folder, case, output, world):
         | ({"any": "partitioned"} if is_partitioned(trainer.model) else {}),
         "numels": {name: (p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in parameters.items()},
         "optimizer": type(innermost(trainer.optimizer)).__name__,
+        "together": sorted(exchange.group.ranks for exchange in innermost(trainer.optimizer).exchanges),
     }
 
 
