@@ -51,7 +51,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter("miss_block", False, "block that parts of a weight share"),
     Adapter("vblora_vector_bank", False, "vectors of a bank"),
     Adapter("vblora_logits_[AB]", False, "logits that choose vectors"),
-    Adapter("randlora_(lambda|gamma)", False, "diagonal"),
+    Adapter("randlora_(lambda|gamma)", False, "diagonals"),
     Adapter("c3a_kernel", False, "circulant blocks"),
     Adapter("(poly|lily)_router", False, "router"),
 )

@@ -8,6 +8,7 @@
 Of a container that leads out, such as ``classifier``, only the last layer does.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ HEAD = re.compile(
 )
 # Names of children of the model, or of a part of it that leads out.
 OUTPUT = re.compile(
-    r"outs?|outputs?|final|last|outc|decoder|cls|readout|generator|aux\w*|(out|output|cls|pred|final|last)_\w+"
+    r"outs?|outputs?|final|last|outc|decoder|cls|readout|aux\w*|(out|output|cls|pred|final|last)_\w+"
     r"|(\w+_)?(out|output|pred|prediction|predictor)(_(proj|projection|layer|conv|fc|linear))?|to_(?!\w*embed)\w+",
     re.IGNORECASE,
 )
@@ -34,7 +35,7 @@ ANY_LAYER = re.compile(r"(\w+_)?(fc|linear|lin|dense|proj|projection)")
 # Models beside each other, each with an output of its own: children of these names, or members of a list that has one.
 MODEL = re.compile(
     r"(\w+_)?(ensemble|members|(model|net|network|estimator|branch|tower|student|teacher|actor|critic|policy|agent"
-    r"|generator|discriminator)s?|value|advantage)(_\w+)?"
+    r"|generator|discriminator)s?|value|advantage|qf?)(_\w+)?"
 )
 # Classes whose last layer leads to the next block.
 BLOCK = re.compile(r".*(Attention|Attn|Block|Bottleneck|(Encoder|Decoder|Transformer|Residual)Layer)")
@@ -45,6 +46,8 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 # projections lead out of its towers.
 TRANSFORMERS_HEADS = ("lm_head", "head", "score", "classifier", "output_projection")
 TOWERS = re.compile(r"(text|visual|vision|image|audio|video)_projection|class_predictor")
+# Classes of models inside of others whose body is not all they have.
+WITH_HEAD = re.compile(r".*(For[A-Z]|LMHead)")
 # Heads inside of transformers' bodies: pattern of the class of the module around, and of the name.
 INNER_HEADS = (
     (r".*", re.compile(r"iou_prediction_head|pred_obj_score_head|presence_head|box_head|codec_head|generation_head")),
@@ -85,11 +88,14 @@ def _walk(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def _is_closed(module: nn.Module) -> bool:
     """Whether no layer inside leads out of the model."""
+    return _is_of_torch(module) or adapters.is_prompt(module) or BLOCK.fullmatch(type(module).__name__) is not None
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether it is one of torch's own that consist of layers, such as its Transformer."""
     kind = type(module)
-    of_torch = kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module
-    if of_torch and not isinstance(module, (*LAYERS, *LISTS, nn.Sequential)):
-        return True
-    return BLOCK.fullmatch(kind.__name__) is not None or adapters.is_prompt(module)
+    by_hand = kind is nn.Module or isinstance(module, (*LAYERS, *LISTS, nn.Sequential))
+    return kind.__module__.startswith("torch.nn.modules.") and not by_hand
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -108,14 +114,18 @@ def _transformers_models(root: nn.Module) -> list[nn.Module]:
     return [model for child in root.children() for model in _transformers_models(child)]
 
 
-def _of_transformers(model: nn.Module, *, in_body: bool = False) -> list[nn.Module]:
-    """The output embeddings and all that is around the body, with the same of the models inside."""
+def _of_transformers(model: nn.Module, *, nested: bool = False, in_body: bool = False) -> list[nn.Module]:
+    """The output embeddings and all that is around the body, with the same of the models inside.
+
+    Args:
+        nested: it is a part of another transformers model; ``in_body``: of the body of one that says what its body is.
+    """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = [] if output is None else [output]
     body = getattr(model, model.base_model_prefix or "-", None)
     has_body = isinstance(body, nn.Module) and body is not model
     if has_body:
-        heads += _around(model, body)
+        heads += _around(model, body) if not nested or WITH_HEAD.match(type(model).__name__) else []
     elif not in_body:
         heads += [module for path, module in model.named_modules() if _name(path) in TRANSFORMERS_HEADS]
         for name, child in model.named_children():
@@ -127,7 +137,7 @@ def _of_transformers(model: nn.Module, *, in_body: bool = False) -> list[nn.Modu
                 heads += _way_out(child, name)
     within = set(body.modules()) if has_body else set()
     for inner in (m for child in model.children() for m in _transformers_models(child)):
-        heads += _of_transformers(inner, in_body=in_body or inner in within)
+        heads += _of_transformers(inner, nested=True, in_body=in_body or inner in within)
     return heads
 
 
@@ -153,7 +163,7 @@ def _way_out(module: nn.Module, name: str) -> list[nn.Module]:
     if _is_layer(module):
         return [module]
     children = [(n, child) for n, child in module.named_children() if _holds_matrix(child)]
-    if not children or _is_transformers(module) or (name and _is_closed(module)):
+    if not children or _is_transformers(module) or (_is_closed(module) if name else _is_of_torch(module)):
         return []
     if isinstance(module, LISTS) and (HEAD.fullmatch(name) or MODEL.fullmatch(name)):
         return [layer for _, child in children for layer in _way_out(child, name)]
@@ -171,26 +181,26 @@ def _is_named(name: str) -> bool:
 def _last(module: nn.Module, children: list[Child]) -> list[Child]:
     """The last child, and those that stand beside it; none if they are a stack of blocks."""
     (name, last), before = children[-1], children[:-1]
-    if _widths(last) is None:
-        numbered = re.search(r"\d", name) and any(type(child) is type(last) for _, child in before)
-        if numbered or isinstance(module, nn.ModuleList):
-            return []
-        return [*(child for child in before if _are_models(child, children[-1])), children[-1]]
-    beside = [children[-1]]
-    for child in reversed(before):
-        if not _read_the_same(child[1], last):
-            break
-        beside.append(child)
-    return beside
+    models = [child for child in before if _are_models(child, children[-1])]
+    widths = _widths(last)
+    if widths is None:
+        stacked = re.search(r"\d", name) and any(type(child) is type(last) for _, child in before)
+        return [] if isinstance(module, nn.ModuleList) or (stacked and not models) else [*models, children[-1]]
+    beside = list(itertools.takewhile(lambda child: _read_the_same(child[1], last), reversed(before)))
+    if beside and widths[0] == widths[1]:  # they can read what the last one gives: it only was made after them
+        return beside
+    return [*models, *beside, children[-1]]
 
 
 def _are_models(one: Child, other: Child) -> bool:
     """Whether two children are models beside each other, not one after the other: ``net`` and ``ema_net``."""
-    names = [one[0], other[0]]
-    if any(re.search(r"\d", name) for name in names) or _widths(one[1]) is not None:
+    names = [re.sub(r"_?\d+", "", name) for name, _ in (one, other)]
+    if all(map(MODEL.fullmatch, names)):
+        return not _is_layer(one[1])
+    if names != [one[0], other[0]] or any(_widths(child) is not None for _, child in (one, other)):
         return False
     words = [set(re.findall(r"[a-z]{3,}", name.lower())) for name in names]
-    return type(one[1]) is type(other[1]) or bool(words[0] & words[1]) or all(map(MODEL.fullmatch, names))
+    return type(one[1]) is type(other[1]) or bool(words[0] & words[1])
 
 
 def _read_the_same(one: nn.Module, last: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from hf_cwd.trainer.adapters import Adapter
 
 # Parts of a module's path that other libraries put there: PEFT, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {*adapters.WRAPPED, "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+PARAMETRIZED = re.compile("weight_(g|v|orig)")  # by weight_norm, spectral_norm, pruning
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.LSTMCell: 4, nn.GRUCell: 3}
 
 
@@ -50,7 +51,8 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
     module, name, shape = place.module, place.name, full_shape(p)
     layer, around = _around(place.path, modules)
     row = adapters.adapter(place.parameter)
-    raw = not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase))
+    one_weight = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    raw = not (one_weight and name in ("weight", "bias")) and not isinstance(module, (nn.RNNBase, nn.RNNCellBase))
     is_vector = sum(size > 1 for size in shape) < 2
     if row is not None and not row.is_matrix:
         return Kind(False, row.reason)
@@ -64,8 +66,10 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
     for pattern, reason in architectures.NO_HIDDEN_LAYER:
         if any(re.fullmatch(pattern, type(m).__name__) for m in (module, *around[:2])):
             return Kind(False, reason)
-    if re.fullmatch("weight_(g|v|orig)", name) and not raw:
+    if one_weight and PARAMETRIZED.fullmatch(name):
         return Kind(False, "parametrized weight")
+    if one_weight and raw:
+        return _unknown(place)
     return _weight(place, layer, shape, around, row)
 
 
@@ -90,7 +94,11 @@ def _weight(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Mo
         return _matrix("experts", "gate, up", layout, shape)
     if (layout := architectures.matrix(module, name)) is not None:
         return _fused(layer, around, shape, layout, "hidden matrix")
-    return Kind(None, f"no rule knows {type(module).__name__}.{name}")
+    return _unknown(place)
+
+
+def _unknown(place: Place) -> Kind:
+    return Kind(None, f"no rule knows {type(place.module).__name__}.{place.name}")
 
 
 def as_named(p: Tensor) -> Kind:
