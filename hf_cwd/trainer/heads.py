@@ -181,8 +181,10 @@ def _is_named(name: str) -> bool:
 def _last(module: nn.Module, children: list[Child]) -> list[Child]:
     """The last child, and those that stand beside it; none if they are a stack of blocks."""
     (name, last), before = children[-1], children[:-1]
-    models = [child for child in before if _are_models(child, children[-1])]
     widths = _widths(last)
+    if widths is not None and isinstance(module, nn.Sequential):
+        return children[-1:]
+    models = [child for child in before if _are_models(child, children[-1])]
     if widths is None:
         stacked = re.search(r"\d", name) and any(type(child) is type(last) for _, child in before)
         return [] if isinstance(module, nn.ModuleList) or (stacked and not models) else [*models, children[-1]]
