@@ -26,8 +26,8 @@ HEAD = re.compile(
 )
 # Names of children of the model, or of a part of it that leads out.
 OUTPUT = re.compile(
-    r"outs?|outputs?|final|last|outc|decoder|cls|readout|aux\w*|(out|output|cls|pred|final|last)_\w+"
-    r"|(\w+_)?(out|output|pred|prediction|predictor)(_(proj|projection|layer|conv|fc|linear))?|to_(?!\w*embed)\w+",
+    r"outs?|outputs?|final|last|outc|decoder|cls|readout|ctc|aux\w*|(out|output|cls|pred|final|last)_\w+"
+    r"|\w+_predictor|(\w+_)?(out|output|pred|prediction)(_(proj|projection|layer|conv|fc|linear))?|to_(?!\w*embed)\w+",
     re.IGNORECASE,
 )
 # The same for layers: names that any layer may have. Only where no later layer takes what it gives.
@@ -241,6 +241,8 @@ def _holds_matrix(module: nn.Module) -> bool:
     """Whether it holds a weight that is no vector, outside of embeddings and of transformers models."""
     if _is_transformers(module) or adapters.is_prompt(module):
         return False
+    if _is_layer(module):  # also a quantised one, whose weight is no parameter
+        return True
     is_embedding = type(module).__name__.endswith(("Embedding", "EmbeddingBag"))
     own = not is_embedding and any(len(full_shape(p)) > 1 for p in module.parameters(recurse=False))
     return own or any(map(_holds_matrix, module.children()))

@@ -125,7 +125,8 @@ def _is_linear(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _linear(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
-    if architectures.ROUTER_LAYER.fullmatch(layer) and architectures.MOE_BLOCK.fullmatch(type(around[0]).__name__):
+    chooses = architectures.ROUTER_LAYER.fullmatch(layer) is not None
+    if chooses and (architectures.MOE_BLOCK.fullmatch(type(around[0]).__name__) or hasattr(around[0], "experts")):
         return Kind(False, "router")
     if any(architectures.INPUT_LAYER.match(part) for part in place.path.split(".")[-2:]):
         return Kind(False, "input layer (patch embedding)")

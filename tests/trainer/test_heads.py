@@ -156,6 +156,30 @@ PLAIN = {
         "fc",
     ),
     "CTC": (lambda: Net(encoder=mlp(), ctc_lo=Linear(8, 20)), "ctc_lo"),
+    "CTC beside a decoder": (
+        lambda: Net(encoder=mlp(), decoder=Net(rnn=LSTM(8, 8), output_layer=Linear(8, 20)), ctc=Net(lo=Linear(8, 20))),
+        "decoder.output_layer ctc.lo",
+    ),
+    "RNN transducer": (
+        lambda: Net(encoder=mlp(), predictor=Net(lstm=LSTM(8, 8), linear=Linear(8, 8)), joiner=Net(x=Linear(8, 20))),
+        "joiner.x",
+    ),
+    "sequence to sequence": (
+        lambda: Net(encoder=Net(rnn=LSTM(8, 8)), decoder=Net(rnn=LSTM(8, 8), attention=mlp(), fc_out=Linear(8, 20))),
+        "decoder.fc_out",
+    ),
+    "policy and value of stable baselines": (
+        lambda: Net(
+            mlp_extractor=Net(policy_net=mlp(5, 8), value_net=mlp(5, 8)),
+            action_net=Linear(8, 4),
+            value_net=Linear(8, 2),
+        ),
+        "action_net value_net",
+    ),
+    "DINO": (
+        lambda: Net(student=Net(trunk=mlp(), head=Net(mlp=mlp(), last_layer=Linear(8, 20)))),
+        "student.head.last_layer",
+    ),
     "ResNet": (
         lambda: Net(conv1=Conv2d(3, 8, 7), layer1=Sequential(BasicBlock(), BasicBlock()), fc=Linear(8, 10)),
         "fc",

@@ -102,6 +102,13 @@ def test_recurrent_layers_are_cut_into_their_gates():
     assert {reason.split(":")[0] for name, reason in routes(model).items() if "bias" in name} == {"adamw"}
 
 
+def test_a_router_written_by_hand_is_known_by_its_experts():
+    block = nn.ModuleDict({"gate": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    found = routes(nn.ModuleDict({"block": block, "gate": nn.Linear(4, 4), "out": nn.Linear(4, 3)}))
+    assert found["block.gate.weight"] == "adamw: router"
+    assert found["gate.weight"] == found["block.experts.0.weight"] == "muon: hidden matrix"
+
+
 class Mixer(nn.Module):
     """A layer that no table can know."""
 
