@@ -74,7 +74,12 @@ def _name(path: str) -> str:
 
 
 def _is_transformers(module: nn.Module) -> bool:
-    return hasattr(type(module), "base_model_prefix")  # a PeftModel only passes the attribute on
+    """Whether it is an architecture of transformers, or made like one: a PreTrainedModel that has a body."""
+    kind = type(module)
+    if not hasattr(kind, "base_model_prefix"):  # a PeftModel only passes the attribute on
+        return False
+    of_library = any(base.__module__.startswith("transformers.models.") for base in kind.__mro__)
+    return of_library or isinstance(getattr(module, kind.base_model_prefix or "-", None), nn.Module)
 
 
 def _walk(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -99,7 +104,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, LAYERS) or any(hasattr(module, name) for name in adapters.WRAPPED):
+    if isinstance(module, LAYERS) or any(name in adapters.WRAPPED for name, _ in module.named_children()):
         return True
     return not isinstance(module, nn.Sequential) and type(module).__name__.endswith(("Linear", "Conv", "Conv1D"))
 

@@ -31,6 +31,7 @@ from transformers import (
     JanusForConditionalGeneration,
     LlamaConfig,
     LlamaModel,
+    PreTrainedModel,
     SamConfig,
     SamModel,
     Trainer,
@@ -482,6 +483,26 @@ def test_sentence_transformers_dense_layer_leads_out():
     model = Sequential(Net(auto_model=bert()), nn.Identity(), Net(linear=Linear(32, 16)))
     assert route(model).outputs == ["2.linear"]
     assert route(model[:2]).outputs == []
+
+
+class Regressor(PreTrainedModel):
+    """A PreTrainedModel of one's own, which does not say what its body is."""
+
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder, self.hidden, self.fc = BertModel(config), Linear(32, 32), Linear(32, 3)
+        self.post_init()
+
+
+class WithBody(Regressor):
+    base_model_prefix = "encoder"
+
+
+def test_a_pretrained_model_of_one_s_own_is_followed_to_its_end():
+    assert route(Regressor(BertConfig(**ENCODER))).outputs == ["fc"]
+    assert route(WithBody(BertConfig(**ENCODER))).outputs == ["hidden", "fc"]  # all that is around the body
 
 
 def test_the_models_inside_of_a_transformers_model_have_heads():
