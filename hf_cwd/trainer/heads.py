@@ -50,8 +50,9 @@ TOWERS = re.compile(r"(text|visual|vision|image|audio|video)_projection|class_pr
 WITH_HEAD = re.compile(r".*(For[A-Z]|LMHead)")
 # Heads inside of transformers' bodies: pattern of the class of the module around, and of the name.
 INNER_HEADS = (
-    (r".*", re.compile(r"iou_prediction_head|pred_obj_score_head|presence_head|box_head|codec_head|generation_head")),
+    (r".*", re.compile(r"iou_prediction_head|pred_obj_score_head|presence_head|box_head|codec_head")),
     (r".*", re.compile(r"(enc|pre)_(score|bbox)_head|decoder_order_head|(\w+_)?bbox_embed|class_embed")),
+    (r"Janus.*Head", re.compile(r"vision_head")),
     (r".*Decoder", re.compile(r"conv_out")),  # an encoder's leads to the codes
 )
 
