@@ -94,7 +94,7 @@ class CWDMuon(CWDOptimizer):
     Example:
         >>> import torch
         >>> from hf_cwd import CWDMuon, route
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10))
         >>> optimizer = CWDMuon(model.parameters(), lr=1e-3, routing=route(model))
         >>> [(group["algorithm"], len(group["params"])) for group in optimizer.param_groups]
         [('muon', 1), ('adamw', 4)]

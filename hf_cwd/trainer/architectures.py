@@ -82,6 +82,7 @@ FUSED: tuple[Fused, ...] = (
         lambda a, rows: ((a.head_dim, a.head_dim), rows // a.head_dim // 2),
     ),
     Fused("c_attn", "GPTBigCodeAttention", QKV, _bigcode),
+    Fused("c_attn", "CausalSelfAttention", QKV, lambda a, rows: ((a.n_embd,) * 3, 1)),  # nanoGPT's
     Fused("c_attn", ".*", QKV, lambda a, rows: ((a.split_size,) * (rows // a.split_size), 1)),
     Fused("query_key_value", "FalconAttention", QKV, _falcon),
     Fused("query_key_value", "GPTNeoXAttention", QKV + " by head", _by_head(lambda a: a.config.num_attention_heads)),

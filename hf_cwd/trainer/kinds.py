@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from hf_cwd.matrices import Layout
 from hf_cwd.sharding.zero import full_shape
-from hf_cwd.trainer import architectures
+from hf_cwd.trainer import adapters, architectures
+from hf_cwd.trainer.adapters import Adapter
 
 # Parts of a module's path that other libraries put there: PEFT, torch.compile, FSDP, activation checkpointing.
-WRAPPERS = {"base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+WRAPPERS = {*adapters.WRAPPED, "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+PARAMETRIZED = re.compile("weight_(g|v|orig)")  # by weight_norm, spectral_norm, pruning
+GATES = {nn.LSTM: 4, nn.GRU: 3, nn.LSTMCell: 4, nn.GRUCell: 3}
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
     """
     module, name, shape = place.module, place.name, full_shape(p)
     layer, around = _around(place.path, modules)
-    raw = not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase))
-    if "lora_embedding" in place.path:
-        return Kind(False, "embedding (LoRA)")
+    row = adapters.adapter(place.parameter)
+    one_weight = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    raw = not (one_weight and name in ("weight", "bias")) and not isinstance(module, (nn.RNNBase, nn.RNNCellBase))
     is_vector = sum(size > 1 for size in shape) < 2
-    if raw:
+    if row is not None and not row.is_matrix:
+        return Kind(False, row.reason)
+    if raw and row is None:
         for pattern, reason in architectures.NO_MATRIX:
             if re.fullmatch(pattern, name):
                 return Kind(False, f"vector ({reason})" if is_vector else reason)
@@ -62,8 +66,20 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
     for pattern, reason in architectures.NO_HIDDEN_LAYER:
         if any(re.fullmatch(pattern, type(m).__name__) for m in (module, *around[:2])):
             return Kind(False, reason)
+    if one_weight and PARAMETRIZED.fullmatch(name):
+        return Kind(False, "parametrized weight")
+    if one_weight and raw:
+        return _unknown(place)
+    return _weight(place, layer, shape, around, row)
+
+
+def _weight(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Module], row: Adapter | None) -> Kind:
+    """What a weight that is neither a vector nor excluded is, by the module that holds it."""
+    module, name = place.module, place.name
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(place, module, shape, around)
+    if row is not None:
+        return _factor(place, row, shape, around)
     if isinstance(module, nn.Linear) or _is_linear(module, name, shape):
         return _linear(place, layer, shape, around)
     if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': x @ weight
@@ -71,14 +87,18 @@ def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
     if isinstance(module, nn.MultiheadAttention):
         sizes = (shape[0] // 3,) * 3 if name == "in_proj_weight" else ()
         return _matrix("hidden matrix", "q, k, v", Layout(sizes), shape)
-    if isinstance(module, nn.RNNBase) and name.startswith("weight"):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         gates = 1 if "_hr_" in name else GATES.get(type(module), 1)  # _hr_: the projection of an LSTM's output
         return _matrix("recurrent matrix", "gates", Layout((shape[0] // gates,) * gates), shape)
     if (layout := architectures.experts(module, name, shape)) is not None:
         return _matrix("experts", "gate, up", layout, shape)
     if (layout := architectures.matrix(module, name)) is not None:
         return _fused(layer, around, shape, layout, "hidden matrix")
-    return Kind(None, f"no rule knows {type(module).__name__}.{name}")
+    return _unknown(place)
+
+
+def _unknown(place: Place) -> Kind:
+    return Kind(None, f"no rule knows {type(place.module).__name__}.{place.name}")
 
 
 def as_named(p: Tensor) -> Kind:
@@ -105,15 +125,22 @@ def _is_linear(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _linear(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
-    if "lora_A" in place.path or "lora_B" in place.path:
-        if any(type(m).__name__ == "ParamWrapper" for m in around[:2]):
-            return Kind(False, "LoRA factors of stacked experts")
-        return Kind(True, "LoRA factor")
-    if architectures.ROUTER_LAYER.fullmatch(layer) and architectures.MOE_BLOCK.fullmatch(type(around[0]).__name__):
+    chooses = architectures.ROUTER_LAYER.fullmatch(layer) is not None
+    if chooses and (architectures.MOE_BLOCK.fullmatch(type(around[0]).__name__) or hasattr(around[0], "experts")):
         return Kind(False, "router")
     if any(architectures.INPUT_LAYER.match(part) for part in place.path.split(".")[-2:]):
         return Kind(False, "input layer (patch embedding)")
     return _fused(layer, around, shape, Layout(), "hidden matrix")
+
+
+def _factor(place: Place, row: Adapter, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
+    """A factor that one of PEFT's methods trains."""
+    if any(type(m).__name__ == "ParamWrapper" for m in around[:2]):
+        return Kind(False, "LoRA factors of stacked experts")
+    if len(shape) > 2 and not row.stacked:
+        return Kind(False, f"{row.reason} of a convolution")
+    parts = adapters.parts(row, place.parameter, [place.module, *around])
+    return _matrix(row.reason, "blocks", Layout((shape[-2] // parts,) * parts), shape)
 
 
 def _fused(layer: str, around: list[nn.Module], shape: tuple[int, ...], layout: Layout, reason: str) -> Kind:

@@ -232,7 +232,8 @@ def _announced(
             decays = " and ".join(f"{decay:g}" for decay in sorted(decays, reverse=True))
             return f", lr {rates[algorithm]:g}, weight_decay {decays}"
 
-        logger().info(f"{described} | {routing.summary(details)}")
+        outputs = ", ".join(routing.outputs) or "none"
+        logger().info(f"{described} | {routing.summary(details)} | output layers: {outputs}")
         return result
 
     return split

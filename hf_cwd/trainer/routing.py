@@ -1,19 +1,20 @@
 """Which rule for which parameter, with the reason: hidden matrices to Muon, everything else to AdamW."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hf_cwd.matrices import Layout
+from hf_cwd.sharding import agree
 from hf_cwd.sharding.zero import full_shape
+from hf_cwd.trainer.heads import output_layers
 from hf_cwd.trainer.kinds import Kind, Place, kind
+from hf_cwd.trainer.log import logger
 from hf_cwd.trainer.targets import Targets
-
-# Names of output layers in models that do not say what their body is (base_model_prefix) or their head.
-HEAD_NAMES = ("lm_head", "head", "score", "classifier", "output_projection")
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,22 @@ class Routing:
 
     Attributes:
         routes: a :class:`Route` for each parameter, in the model's order.
+        outputs: the names of the output layers that were found.
+        unknown: the routes of parameters that no table knows, which a matrix rule does not get.
     """
 
-    def __init__(self, model_name: str, matrices: str | None, routes: Sequence[tuple[Tensor, Route]]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        matrices: str | None,
+        routes: Sequence[tuple[Tensor, Route]],
+        *,
+        outputs: Sequence[str] = (),
+        unknown: Sequence[Route] = (),
+    ) -> None:
         self.routes = [r for _, r in routes]
+        self.outputs = list(outputs)
+        self.unknown = list(unknown)
         self._model_name = model_name
         self._matrices = matrices
         self._by_parameter = dict(routes)
@@ -55,7 +68,8 @@ class Routing:
     def __call__(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Splits groups by rule and layout, and sets their ``algorithm``; the matrices' groups come first.
 
-        The Trainer logs the learning rate of group 0 only, which is to be the one that was asked for.
+        The Trainer logs the learning rate of group 0 only, which is to be the one that was asked for. What no table
+        knows is named in one line of log.
 
         Args:
             groups: torch.optim parameter groups, not mutated; other keys, such as ``weight_decay``, are kept.
@@ -83,7 +97,22 @@ class Routing:
                 f"{self._model_name} has no trainable matrix for {self._matrices}: all of its parameters are "
                 f"embeddings, heads, vectors or the like ({self._reasons()}). Use --optim cwd_adamw"
             )
+        if self.unknown and agree.rank() == 0:
+            logger().warning(self._unknown_line())
         return first + rest
+
+    def _unknown_line(self) -> str:
+        names: dict[str, list[str]] = {}
+        for r in self.unknown:
+            names.setdefault(r.reason, []).append(r.name)
+        shown = "; ".join(
+            f"{same[0]}{f' and {len(same) - 1} more' if len(same) > 1 else ''} ({reason})"
+            for reason, same in names.items()
+        )
+        return (
+            f"{self.unknown[0].algorithm} takes what may or may not be a matrix for {self._matrices}: {shown}. "
+            f"--optim_target_modules would give it to {self._matrices}"
+        )
 
     def _route(self, entry: Any) -> Route | None:
         """The route of a parameter, or ``(name, parameter)``, of a group; None for a frozen one."""
@@ -134,12 +163,13 @@ def route(
 ) -> Routing:
     """Sorts a model's parameters: hidden matrices to ``matrices``, all else to ``others``.
 
-    By module and name; of sizes, only one row or column (a vector) and up to 4 input channels of a convolution (raw
-    images or sound) count. Hidden matrices are the weights of linear layers and convolutions, recurrent
-    ones, and the stacked weights of experts; fused projections count as the matrices that they hold. Embeddings (tied
-    to the head or not), the output head (every layer outside a transformers model's body; in a model without one,
-    layers named as in ``HEAD_NAMES``), vectors (norms, biases, one row or column), input convolutions, routers,
-    positions and what :mod:`hf_cwd.trainer.architectures` lists go to ``others``; frozen parameters are left out.
+    By module and name; of sizes, only one row or column (a vector), up to 4 input channels of a convolution (raw
+    images or sound) and the widths of layers that may lead out count. Hidden matrices are the weights of linear layers
+    and convolutions, recurrent ones, stacked weights of experts, and the factors of PEFT's low-rank methods; fused
+    projections count as the matrices that they hold. Embeddings (tied to the head or not), output layers
+    (:mod:`hf_cwd.trainer.heads`), vectors (norms, biases, one row or column), input convolutions, routers, positions
+    and what :mod:`hf_cwd.trainer.architectures` and :mod:`hf_cwd.trainer.adapters` list go to ``others``, and so does
+    what no table knows (:attr:`Routing.unknown`); frozen parameters are left out.
 
     Args:
         target_modules: restricts ``matrices`` to these modules: a regular expression for the whole name of a module,
@@ -147,72 +177,61 @@ def route(
             Parameters of unknown kind are matrices in a named module, and go to ``others`` elsewhere.
 
     Raises:
-        ValueError: a parameter of unknown kind without ``target_modules``, or an entry of ``target_modules`` that
-            names no matrix.
+        ValueError: a lazy layer that has no shape yet, or an entry of ``target_modules`` that names no matrix.
 
     Example:
         >>> import torch
         >>> from hf_cwd import route
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 6))
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
         >>> print(route(model))
         0.weight  [10, 4]  adamw: embedding
         1.weight  [6, 4]  muon: hidden matrix
         1.bias  [6]  adamw: vector (bias)
+        2.weight  [3, 6]  adamw: output head (nothing follows it)
+        2.bias  [3]  adamw: vector (bias)
     """
     modules = dict(model.named_modules())
     owners: dict[Tensor, list[Place]] = {}
     for path, module in modules.items():
         for name, p in module.named_parameters(recurse=False):
             owners.setdefault(p, []).append(Place(path, module, name))
-    heads = _heads(modules)
+    lazy = [places[0].parameter for p, places in owners.items() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet: run the model on a batch before the optimizer is made")
+    heads = output_layers(model)
     targets = None if target_modules is None else Targets(target_modules)
     routes, unknown = [], []
     for p, places in owners.items():
         found = Kind(False, "frozen") if not p.requires_grad else _kind(p, places, heads, modules)
+        is_unknown = targets is None and found.is_matrix is None
         if targets is not None:
             found = targets.restrict(found, p, places)
-        elif found.is_matrix is None:
-            unknown.append(f"{places[0].parameter} {list(full_shape(p))} ({found.reason})")
         algorithm = None if not p.requires_grad else matrices if found.is_matrix else others
         routes.append((p, Route(places[0].parameter, full_shape(p), algorithm, found.reason, found.layout)))
-    if unknown:
-        shown = "; ".join(unknown[:5]) + (f"; and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise ValueError(
-            f"{type(model).__name__} has parameters that may or may not be matrices for {matrices}: {shown}. Name the "
-            f"modules whose matrices {matrices} shall take by --optim_target_modules (a regular expression, a JSON "
-            "list, or all-linear); everything else goes to "
-            f"{others}. Or use --optim cwd_{others}"
-        )
+        if is_unknown:
+            unknown.append(routes[-1][1])
     if targets is not None:
         targets.check(matrices)
-    return Routing(type(model).__name__, matrices, routes)
+    return Routing(type(model).__name__, matrices, routes, outputs=_outermost(heads, modules), unknown=unknown)
 
 
-def _kind(p: Tensor, places: list[Place], heads: set[nn.Module], modules: dict[str, nn.Module]) -> Kind:
-    is_head = any(place.module in heads for place in places)
+def _outermost(heads: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of the output layers that hold weights, without what is inside of them."""
+    return [
+        name
+        for name, module in modules.items()
+        if module in heads
+        and modules[name.rpartition(".")[0]] not in heads
+        and any(len(full_shape(p)) > 1 for p in module.parameters())
+    ]
+
+
+def _kind(p: Tensor, places: list[Place], heads: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]) -> Kind:
+    reasons = [heads[place.module] for place in places if place.module in heads]
     if (
         any(type(place.module).__name__.endswith(("Embedding", "EmbeddingBag")) for place in places)
         and len(full_shape(p)) == 2
     ):
-        return Kind(False, "embedding, tied to the output head" if is_head else "embedding")
+        return Kind(False, "embedding, tied to the output head" if reasons else "embedding")
     found = kind(p, places[0], modules)
-    return Kind(False, "output head") if is_head and found.is_matrix else found
-
-
-def _heads(modules: dict[str, nn.Module]) -> set[nn.Module]:
-    """The output layers: what transformers names as such, and every module outside of the model's body."""
-    # Behind the wrappers of PEFT, TRL and DDP; a PeftModel only passes the attribute on.
-    models = [(path, m) for path, m in modules.items() if hasattr(type(m), "base_model_prefix")]
-    path, model = models[0] if models else ("", modules[""])
-    heads = set()
-    output = model.get_output_embeddings() if models and hasattr(model, "get_output_embeddings") else None
-    if output is not None:
-        heads |= set(output.modules())
-    body = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    if isinstance(body, nn.Module) and body is not model:
-        body_path = f"{path}.{model.base_model_prefix}".lstrip(".")
-        around = [name for name in modules if body_path.startswith(f"{name}.") or not name]
-        inside = set(body.modules()) | {modules[name] for name in around}
-        return heads | {module for module in modules.values() if module not in inside}
-    named = [module for name, module in modules.items() if name.rsplit(".", 1)[-1] in HEAD_NAMES]
-    return heads | {inner for module in named for inner in module.modules()}
+    return Kind(False, reasons[0]) if reasons and found.is_matrix is not False else found
