@@ -166,10 +166,15 @@ class Storage:
                 yield f"{self.directory / name} was whole, and had not got its name when its run was ended: it has now"
             sync_directory(self.directory)
 
-    def verify(self, checkpoint: str | Path, *, fast: bool) -> Manifest:
-        """:func:`manifest.verify` with the files shared out to the ranks, each of which raises what any has found."""
+    def verify(self, checkpoint: str | Path, *, fast: bool, fresh: bool = False) -> Manifest:
+        """:func:`manifest.verify` with the files shared out to the ranks, each of which raises what any has found.
+
+        ``fresh`` as for :func:`manifest.problems`.
+        """
         read = together(lambda: manifest.read(checkpoint))
-        found = together(lambda: manifest.problems(checkpoint, read[self._rank], fast=fast, share=self._share))
+        found = together(
+            lambda: manifest.problems(checkpoint, read[self._rank], fast=fast, fresh=fresh, share=self._share)
+        )
         manifest.check(checkpoint, list(dict.fromkeys(problem for some in found for problem in some)))
         return read[self._rank]
 
