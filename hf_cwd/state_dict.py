@@ -129,9 +129,7 @@ def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, A
         if foreign := ", ".join(sorted(kept - known)):
             return f"the saved state holds {foreign}, but rule {rule.name!r} keeps {', '.join(keys)}"
         if not kept and old["params"] and rule.hyperparameters and not old.keys() & rule.hyperparameters.keys():
-            return (
-                f"the saved parameter groups have none of {', '.join(rule.hyperparameters)}, as rule {rule.name!r} has"
-            )
+            return f"the saved groups have none of {', '.join(rule.hyperparameters)}, which rule {rule.name!r} takes"
     return None
 
 

@@ -147,9 +147,7 @@ def read(directory: str | Path) -> Manifest:
 
 
 def verify(directory: str | Path, *, fast: bool = False) -> Manifest:
-    """Compares a checkpoint with its manifest; loads nothing.
-
-    Files that no resume loads (``training_args.bin``, a tokenizer, a README.md) may be changed or missing.
+    """Compares all files of a checkpoint with its manifest; loads nothing.
 
     Args:
         fast: compare sizes and the headers of safetensors only.
@@ -158,7 +156,7 @@ def verify(directory: str | Path, *, fast: bool = False) -> Manifest:
         CheckpointError: they differ; it names the files, what differs and what to do.
     """
     found = read(directory)
-    check(directory, problems(directory, found, fast=fast))
+    check(directory, problems(directory, found, found.files, fast=fast) + foreign(directory, found))
     return found
 
 
@@ -169,26 +167,12 @@ def check(directory: str | Path, found: list[str]) -> None:
         raise CheckpointError(f"{directory} is not what was saved: {'; '.join(found[:NAMED])}{more}", ADVICE)
 
 
-def problems(
-    directory: str | Path,
-    manifest: Manifest,
-    *,
-    fast: bool = False,
-    fresh: bool = False,
-    share: slice = slice(None),
-) -> list[str]:
-    """What differs between a checkpoint and its manifest; see :func:`verify`.
-
-    Args:
-        fresh: the optimizer's states and the schedule may be missing, since the run can begin with new ones.
-        share: which of the files to look at, in the manifest's order, where ranks divide them.
-    """
+def problems(directory: str | Path, manifest: Manifest, names: Iterable[str], *, fast: bool = False) -> list[str]:
+    """What differs between some files of a manifest and what is in a checkpoint; see :func:`verify`."""
     directory = Path(directory)
     found, whole = [], []
-    for name in [name for name in manifest.files if manifest.loads(name)][share]:
+    for name in names:
         entry = manifest.files[name]
-        if fresh and is_of(name, STATES) and not os.path.lexists(directory / name):
-            continue
         try:
             _compare_sizes(directory, name, entry)
             _compare_headers(name, entry, header(directory, name))
@@ -202,25 +186,25 @@ def problems(
             bad = [i for i, (now, then) in enumerate(zip(sums, entry.xxh3_64, strict=True)) if now != then]
             if bad:
                 found.append(f"{name} was changed, in {_place(bad, entry.size)}")
-    if not (share.start or 0):  # one look at what is not in the manifest is enough
-        found += _foreign(directory, manifest)
     return found
 
 
-def _foreign(directory: Path, manifest: Manifest) -> list[str]:
+def foreign(directory: str | Path, manifest: Manifest) -> list[str]:
+    """What was not saved with a checkpoint, and would be loaded with it."""
     there = {
         Path(folder, name).relative_to(directory).as_posix()
         for folder, _, names in os.walk(directory)
         for name in names
     }
-    foreign = sorted(name for name in there - manifest.files.keys() if manifest.loads(name))
-    new = [name for name in foreign if is_of(name, WEIGHTS)]
+    new = sorted(name for name in there - manifest.files.keys() if manifest.loads(name))
+    weights = [name for name in new if is_of(name, WEIGHTS)]
     gone = [name for name in manifest.files if is_of(name, WEIGHTS) and name not in there]
-    found = []
-    if new and gone:
-        found.append(f"its weights were written again after it was saved, as {listed(new)} instead of {listed(gone)}")
-        foreign = [name for name in foreign if name not in new]
-    return found + [f"{name} is not of this checkpoint, and would be loaded with it" for name in foreign]
+    text = "{} is not of this checkpoint, and would be loaded with it"
+    if not (weights and gone):
+        return [text.format(name) for name in new]
+    again = f"its weights were written again after it was saved, as {listed(weights)} instead of {listed(gone)}"
+    new = [name for name in new if name not in weights]
+    return [again, *(text.format(name) for name in new)]
 
 
 def is_of(name: str, patterns: Iterable[str]) -> bool:
