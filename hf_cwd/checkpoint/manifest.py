@@ -55,11 +55,6 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, Entry]
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.files.values())
-
     def loads(self, name: str) -> bool:
         """Whether a run that goes on from this checkpoint loads a file, of it or one that was put there."""
         if is_of(name, ADAPTERS):  # beside the weights of a model nobody asks for adapters
