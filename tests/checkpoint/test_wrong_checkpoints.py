@@ -201,8 +201,8 @@ CASES = [
          (CWDTrainer,)),
     Case("a state without a step", bare(state(global_step=0)), r"no trainer_state\.json with the number of a step",
          (CWDTrainer,)),
-    Case("a shard is lost", bare(in_shards, remove("model-00002-of-00003.safetensors")),
-         r"index\.json names model-00002-of-00003\.safetensors, which is not there", (CWDTrainer,)),
+    Case("a shard is lost", bare(in_shards, remove("model-00002-of-00002.safetensors")),
+         r"index\.json names model-00002-of-00002\.safetensors, which is not there", (CWDTrainer,)),
     Case("an index that is none", bare(in_shards, write("model.safetensors.index.json")),
          r"is damaged: model\.safetensors\.index\.json cannot be read", (CWDTrainer,)),
     Case("a pointer", bare(write("scheduler.pt", "version https://git-lfs.github.com/spec/v1\n")),
@@ -277,7 +277,7 @@ def nothing(path):
 
 
 ADAMW = {"optim": "adamw_torch"}
-PAIR = lambda state, momentum: state.update(exp_avg=torch.stack([momentum, momentum]))  # noqa: E731
+PAIRS = lambda state, momentum: state.update(exp_avg=torch.stack([momentum, momentum]))  # noqa: E731
 RULES = [
     ("adafactor", {"optim": "adafactor"}, nothing, "cwd_adamw", "the saved state holds .*exp_avg_sq_col"),
     ("rmsprop", {"optim": "rmsprop"}, nothing, "cwd_sgd", "the saved state holds square_avg"),
@@ -288,8 +288,8 @@ RULES = [
     ("adamw to lion", ADAMW, nothing, "cwd_lion", "the saved state holds exp_avg_sq, but rule 'lion' keeps"),
     ("muon", {"optim": "cwd_muon"}, nothing, "cwd_adamw", "the saved state is of rule 'muon' and 'adamw'"),
     ("lion", {"optim": "cwd_lion"}, nothing, "cwd_sgd", "the saved state is of rule 'lion'"),
-    ("amsgrad", ADAMW, states(PAIR, amsgrad=True), "cwd_adamw", "used amsgrad=True"),
-    ("ademamix", ADAMW, states(PAIR, betas=(0.9, 0.999, 0.9999), alpha=5.0), "cwd_adamw", "groups are not of rule 'adamw'"),
+    ("amsgrad", ADAMW, states(lambda s, m: s.update(max_exp_avg_sq=m), amsgrad=True), "cwd_adamw", "used amsgrad=True"),
+    ("ademamix", ADAMW, states(PAIRS, betas=(0.9, 0.999, 0.9999), alpha=5.0), "cwd_adamw", "groups are not of rule 'adamw'"),
     ("paged 8 bits", ADAMW, states(in_8_bits), "cwd_adamw", "the saved state holds qmap1"),
     ("schedule-free", ADAMW, states(lambda s, m: s.update(z=s.pop("exp_avg")), k=4), "cwd_adamw", "saved state holds z"),
     ("grokadamw", ADAMW, states(lambda s, m: s.update(grok_ema=m)), "cwd_adamw", "saved state holds grok_ema"),
@@ -313,7 +313,7 @@ def test_the_states_of_other_rules(saved, tmp_path, caplog, name, options, act, 
         train(tmp_path / "out", resume=str(checkpoint), save_strategy="no", optim=optim)
     assert "begin with new states by" in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
     assert RESET in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
-    logged = NEW_STATES + (said or "torch does not load the optimizer's state in .*checkpoint-4 from a file")
+    logged = NEW_STATES + ".*" + (said or "torch does not load the optimizer's state in .*checkpoint-4 from a file")
     case = case._replace(said=None, options={"optim": optim, "optim_args": RESET}, logged=logged)
     caplog.set_level(logging.INFO, logger="hf_cwd")
     for kind in (Trainer, CWDTrainer):
