@@ -15,9 +15,9 @@ from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import logger
 from hf_cwd.trainer.options import asked_for
 
-STAYS = (
-    "What is so stays so: go on from the last checkpoint before it, with a lower learning rate, more warm-up, or "
-    "gradient clipping (--max_grad_norm)"
+GO_ON = (
+    "go on from the last checkpoint before it, with a lower learning rate, more warm-up, or gradient clipping "
+    "(--max_grad_norm)"
 )
 KEYS = ("decayed_fraction", "effective_decay", "update_to_weight", "update_rms", "weight_rms")  # of Totals
 
@@ -163,11 +163,11 @@ def _figures(prefix: str, totals: Totals) -> Iterator[tuple[str, float]]:
 def _not_finite(found: Statistics, step: int, model: torch.nn.Module) -> str:
     named = {p: name for name, p in model.named_parameters()}  # not of what DeepSpeed flattened: that has its own
     names = [named.get(p, text) for p, text in found.not_finite.items()] or ["parameters of another rank"]
-    return f"step {step}: not finite: weights, updates or optimizer states of {listed(names)}. {STAYS}"
+    return f"step {step}: not finite: weights, updates or optimizer states of {listed(names)}. What is so stays so: {GO_ON}"
 
 
 def _logged_not_finite(logs: dict[str, float], step: int, args: TrainingArguments) -> str | None:
     """By the Trainer's own numbers. Under fp16 a norm is infinite wherever the loss scaler finds its scale."""
     keys = ("loss",) if args.fp16 else ("loss", "grad_norm")
-    bad = [f"{key} is {float(logs[key])}" for key in keys if key in logs and not math.isfinite(logs[key])]
-    return f"step {step}: not finite: {' and '.join(bad)}. Where weights or states are, too: {STAYS}" if bad else None
+    bad = " and ".join(f"{key} {float(logs[key])}" for key in keys if key in logs and not math.isfinite(logs[key]))
+    return f"step {step}: the log has {bad}. Weights and states that it has reached stay so: {GO_ON}" if bad else None
