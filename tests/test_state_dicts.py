@@ -211,7 +211,7 @@ REFUSED = {
     "three betas": (
         CWDAdamW,
         lambda: _with_group(betas=(0.9, 0.999, 0.9999), alpha=5.0),
-        r"groups are not of rule 'adamw': .*betas=\(0.9, 0.999, 0.9999\) is not valid.*continue with the optimizer that",
+        r"groups are not of rule 'adamw': .*betas=\(0.9, 0.999, 0.9999\) is not valid.*continue with the",
     ),
     "eps of two": (CWDAdamW, lambda: _with_group(eps=(1e-30, 1e-3)), "groups are not of rule 'adamw'.*eps="),
     "sgd that keeps nothing": (

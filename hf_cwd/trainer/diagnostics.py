@@ -163,7 +163,8 @@ def _figures(prefix: str, totals: Totals) -> Iterator[tuple[str, float]]:
 def _not_finite(found: Statistics, step: int, model: torch.nn.Module) -> str:
     named = {p: name for name, p in model.named_parameters()}  # not of what DeepSpeed flattened: that has its own
     names = [named.get(p, text) for p, text in found.not_finite.items()] or ["parameters of another rank"]
-    return f"step {step}: not finite: weights, updates or optimizer states of {listed(names)}. What is so stays so: {GO_ON}"
+    what = f"not finite: weights, updates or optimizer states of {listed(names)}"
+    return f"step {step}: {what}. What is so stays so: {GO_ON}"
 
 
 def _logged_not_finite(logs: dict[str, float], step: int, args: TrainingArguments) -> str | None:
