@@ -71,8 +71,8 @@ def overruled(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, An
     for old, new in zip(own, loaded, strict=True):
         rule = RULES[old["algorithm"]]
         # A schedule moves lr, and leaves initial_lr alone.
-        for key in ("initial_lr", *(COMMON.keys() - {"lr"}), *rule.hyperparameters):
-            if key in old and key in new and old[key] != new[key]:
+        for key in ("initial_lr", *COMMON, *rule.hyperparameters):
+            if key != "lr" and key in old and key in new and old[key] != new[key]:
                 found.append(Overruled(rule.name, "lr" if key == "initial_lr" else key, new[key], old[key]))
     return found
 
