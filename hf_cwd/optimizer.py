@@ -18,7 +18,7 @@ from hf_cwd.rules.hyperparameters import Choice, checked
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.sharding.zero import full_shape
-from hf_cwd.state_dict import adopt, only_initialises, restore_dtypes
+from hf_cwd.state_dict import Overruled, adopt, only_initialises, overruled, restore_dtypes
 
 ON_RULE_CHANGE = Choice("refuse", ("refuse", "reset"))
 
@@ -100,6 +100,7 @@ class CWDOptimizer(torch.optim.Optimizer):
             "CWDOptimizer", "on_rule_change", ON_RULE_CHANGE, options.pop("on_rule_change", ON_RULE_CHANGE.default)
         )
         self.reset_because: str | None = None
+        self.overruled: list[Overruled] | None = None
         self._is_prepared = False
         self._origins = Origins()
         self._matrix_step = MatrixStep.of(self._origins, _rule(algorithm), options)
@@ -122,7 +123,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         check_masters(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("companions", "on_rule_change", "reset_because", "_origins", "_matrix_step")
+        own = ("companions", "on_rule_change", "reset_because", "overruled", "_origins", "_matrix_step")
         return (
             super().__getstate__()
             | {name: getattr(self, name) for name in own}
@@ -294,15 +295,16 @@ class CWDOptimizer(torch.optim.Optimizer):
         """Loads a state dict of this optimizer, or of the torch.optim one whose rule it follows.
 
         The saved hyper-parameters win, as in torch; keys that the saved groups lack (``cautious``, ``mask``) keep their
-        present values.
+        present values. ``overruled`` lists the present values that gave way.
 
         Raises:
-            ValueError: another rule's state, unless ``on_rule_change`` is ``"reset"``: then it is not taken, and
-                ``reset_because`` says why. Or that of another model, a state that is not complete, or an option that
-                is not supported here (``amsgrad``). Nothing has changed then.
+            ValueError: another rule's or another model's state, one that is not complete, or made by an option that is
+                not supported here (``amsgrad``). Nothing has changed then. With ``on_rule_change="reset"`` it is not
+                taken instead, and ``reset_because`` says why.
         """
         groups = self.param_groups
         adopted, self.reset_because = adopt(state_dict, groups, on_rule_change=self.on_rule_change)
+        self.overruled = overruled(groups, adopted["param_groups"])
         super().load_state_dict(adopted)
         self._origins.replace(groups, self.param_groups)
         restore_dtypes(self, adopted)

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hf_cwd.matrices import Layout
 from hf_cwd.origins import changed
-from hf_cwd.rules import RULES, Rule
+from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import state_dtype
 from hf_cwd.states import REMAINDER
 from hf_cwd.states import keys as state_keys
@@ -21,6 +21,19 @@ BITSANDBYTES_KEYS = ("alpha", "t_alpha", "t_beta3")
 BITSANDBYTES = "__bnb_optimizer_quant_state__"
 
 
+class Overruled(NamedTuple):
+    """A hyper-parameter that a state dict has brought, and the value that gave way to it; ``initial_lr`` is ``lr``."""
+
+    algorithm: str
+    key: str
+    loaded: Any
+    given: Any
+
+
+class _RuleChangeError(ValueError):
+    """The saved state is of another rule."""
+
+
 def adopt(
     state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], *, on_rule_change: str
 ) -> tuple[dict[str, Any], str | None]:
@@ -31,7 +44,8 @@ def adopt(
     becomes 1.
 
     Args:
-        on_rule_change: ``"reset"`` takes nothing from another rule's state: no state, and present hyper-parameters.
+        on_rule_change: ``"reset"`` takes nothing from a state that does not fit: no state, and present
+            hyper-parameters.
 
     Returns:
         The state dict, and if nothing was taken from the saved one, why.
@@ -40,22 +54,38 @@ def adopt(
         ValueError: the state belongs to another rule or another model, is incomplete, or was made by an option not
             supported here.
     """
+    try:
+        return _adopted(state_dict, param_groups), None
+    except ValueError as error:
+        if on_rule_change == "reset":
+            return {"state": {}, "param_groups": _numbered(param_groups)}, str(error)
+        advice = ": continue with the optimizer that saved it" if isinstance(error, _RuleChangeError) else ""
+        raise ValueError(
+            f"{error}{advice}, or begin with new states by {RESET} (weights, step number and schedule go on)"
+        ) from None
+
+
+def overruled(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> list[Overruled]:
+    """Which values of an optimizer's groups give way to those of a state dict that it loads."""
+    found = []
+    for old, new in zip(own, loaded, strict=True):
+        rule = RULES[old["algorithm"]]
+        # A schedule moves lr, and leaves initial_lr alone.
+        for key in ("initial_lr", *COMMON, *rule.hyperparameters):
+            if key != "lr" and key in old and key in new and old[key] != new[key]:
+                found.append(Overruled(rule.name, "lr" if key == "initial_lr" else key, new[key], old[key]))
+    return found
+
+
+def _adopted(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise _RuleChangeError("the saved state is no optimizer's, for it has no parameter groups")
     saved_groups = state_dict["param_groups"]
     state_dict = {**state_dict, "state": {index: _unwrapped(s) for index, s in state_dict["state"].items()}}
     if any(saved.get("amsgrad") for saved in saved_groups):
-        raise ValueError("the saved optimizer used amsgrad=True, which has no counterpart here")
+        raise _RuleChangeError("the saved optimizer used amsgrad=True, which has no counterpart here")
     if change := _change(state_dict, param_groups):
-        if on_rule_change != "reset":
-            raise ValueError(
-                f"{change}: continue with the optimizer that saved it, or begin with new states by {RESET} (weights, "
-                "step number and schedule go on)"
-            )
-        if len(saved_groups) > len(param_groups):
-            raise ValueError(
-                f"{change}: its schedule, of {len(saved_groups)} parameter groups, cannot go on with this optimizer's "
-                f"{len(param_groups)} by {RESET}. Begin a new run from the checkpoint's weights"
-            )
-        return {**state_dict, "state": {}, "param_groups": _numbered(param_groups)}, change
+        raise _RuleChangeError(change)
     groups, states = [], dict(state_dict["state"])
     for number, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
         _check_parameters(number, saved, own)
@@ -68,12 +98,19 @@ def adopt(
         kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS + BITSANDBYTES_KEYS}
         group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept
         rule = RULES[algorithm]
-        groups.append(group | rule.checked_hyperparameters(group))
+        groups.append(group | _checked(rule, group))
         names = own.get("param_names") or [f"parameter {index}" for index in saved["params"]]
         for index, p, name in zip(saved["params"], own["params"], names, strict=True):
             if index in states:
                 states[index] = _adopt_state(states[index], rule, state_keys(group, p.dtype), name, p)
-    return {**state_dict, "state": states, "param_groups": groups}, None
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _checked(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return rule.checked_hyperparameters(group)
+    except ValueError as error:
+        raise _RuleChangeError(f"the saved parameter groups are not of rule {rule.name!r}: {error}") from None
 
 
 def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> str | None:
@@ -91,6 +128,8 @@ def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, A
         kept = {key for i in old["params"] for key, value in states.get(i, {}).items() if value is not None}
         if foreign := ", ".join(sorted(kept - known)):
             return f"the saved state holds {foreign}, but rule {rule.name!r} keeps {', '.join(keys)}"
+        if not kept and old["params"] and rule.hyperparameters and not old.keys() & rule.hyperparameters.keys():
+            return f"the saved groups have none of {', '.join(rule.hyperparameters)}, which rule {rule.name!r} takes"
     return None
 
 
@@ -148,7 +187,7 @@ def _adopt_state(
     if set(state) != {key for key in keys if key != REMAINDER or key in state}:
         raise ValueError(
             f"the saved state of {name} holds {found}, but rule {rule.name!r} keeps {', '.join(('step', *keys))}: it "
-            "was saved by another optimizer, or is damaged. Continue with the one that saved it, or start afresh"
+            "was saved by another optimizer, or is damaged. Continue with the one that saved it"
         )
     for key, value in state.items():
         if value.shape != p.shape:

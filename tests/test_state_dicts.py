@@ -1,6 +1,8 @@
 """State dicts of torch.optim's optimizers into ours and back, and what is refused of them and of ours."""
 
 import copy
+import pickle
+import re
 
 import pytest
 import torch
@@ -161,9 +163,8 @@ def test_a_rule_change_by_name():
         assert optimizer.param_groups[0]["lr"] == 0.03, "present hyper-parameters"
         step(optimizer, torch.ones(12, 20))
         assert int(optimizer.state[param]["step"]) == 1
-    fewer = CWDLion([param], on_rule_change="reset")
-    with pytest.raises(ValueError, match="of 2 parameter groups, cannot go on with this optimizer's 1"):
-        fewer.load_state_dict(_two_groups())
+    optimizer.load_state_dict(_two_groups())
+    assert "has 2 parameter groups, this one 1 of rule 'lion'" in optimizer.reset_because
     optimizer.load_state_dict(_lion())
     assert optimizer.reset_because is None
     assert int(optimizer.state[param]["step"]) == 1
@@ -199,8 +200,26 @@ def _another_shape():
     return optimizer.state_dict()
 
 
+def _with_group(**keys):
+    state_dict = copy.deepcopy(begin("adamw")[0].state_dict())
+    state_dict["param_groups"][0].update(keys)
+    return state_dict
+
+
 REFUSED = {
     "amsgrad": (CWDAdamW, lambda: begin("adamw", amsgrad=True)[0].state_dict(), "amsgrad"),
+    "three betas": (
+        CWDAdamW,
+        lambda: _with_group(betas=(0.9, 0.999, 0.9999), alpha=5.0),
+        r"groups are not of rule 'adamw': .*betas=\(0.9, 0.999, 0.9999\) is not valid.*continue with the",
+    ),
+    "eps of two": (CWDAdamW, lambda: _with_group(eps=(1e-30, 1e-3)), "groups are not of rule 'adamw'.*eps="),
+    "sgd that keeps nothing": (
+        CWDAdamW,
+        lambda: begin("sgd without momentum")[0].state_dict(),
+        "the saved groups have none of betas, eps, which rule 'adamw' takes",
+    ),
+    "no groups": (CWDAdamW, lambda: {"last_epoch": 3}, "is no optimizer's, for it has no parameter groups"),
     "lion into adamw": (CWDAdamW, _lion, "'lion'"),
     "sgd into adamw": (CWDAdamW, lambda: begin("sgd")[0].state_dict(), "exp_avg_sq"),
     "adamw into lion": (CWDLion, lambda: begin("adamw")[0].state_dict(), "exp_avg_sq"),
@@ -215,8 +234,41 @@ REFUSED = {
 
 
 def assert_identical(found: dict, expected: dict) -> None:
-    assert found["param_groups"] == expected["param_groups"]
-    torch.testing.assert_close(found["state"], expected["state"], rtol=0, atol=0)
+    assert found.get("param_groups") == expected.get("param_groups")
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found.get("state", {}), expected.get("state", {}), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_begins_anew_on_demand(case):
+    own_class, state_dict, message = REFUSED[case]
+    param = parameter((12, 20), torch.float32)
+    optimizer = own_class([param], lr=0.03, on_rule_change="reset")
+    step(optimizer, torch.ones(12, 20))
+    optimizer.load_state_dict(state_dict())
+    assert re.search(message.partition(".*continue with")[0].partition(".*on_rule")[0], optimizer.reset_because)
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    step(optimizer, torch.ones(12, 20))
+    assert int(optimizer.state[param]["step"]) == 1
+
+
+def test_what_gives_way_is_listed():
+    """Each group's own values, a companion's too; nothing where a group has the rate that it had."""
+    matrix, vector = (parameter(shape, torch.float32) for shape in ((4, 4), (4,)))
+
+    def make(**vectors):
+        return CWDMuon(
+            [{"params": [matrix]}, {"params": [vector], "algorithm": "adamw", "lr": 3e-3, **vectors}], lr=0.02
+        )
+
+    saved, same, other = make().state_dict(), make(), make(eps=1e-6, weight_decay=0.3)
+    assert same.overruled is None
+    same.load_state_dict(saved)
+    assert same.overruled == []
+    other.load_state_dict(saved)
+    assert [*map(tuple, other.overruled)] == [("adamw", "weight_decay", 0.1, 0.3), ("adamw", "eps", 1e-8, 1e-6)]
+    assert pickle.loads(pickle.dumps(other)).overruled == other.overruled
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ THREADS = 4
 INTERVAL = 0.02  # seconds between two requests to the disk
 OPEN_FILES = "/proc/self/fd"
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
+PICKLED = (".pt", ".pth", ".bin")  # torch.save's, which are zip archives: their table stands at the end
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class CheckpointError(ValueError):
@@ -146,6 +149,26 @@ def header(directory: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]
     if size != 8 + length + end:
         raise CheckpointError(f"{name} has {size} bytes, and by its header should have {8 + length + end}")
     return tensors
+
+
+def is_whole(directory: Path, name: str) -> bool:
+    """Whether a file has the end that its format asks for, so that it was not cut off; False where none is known."""
+    path = directory / name
+    if name.endswith(PICKLED):
+        return zipfile.is_zipfile(path)
+    try:
+        if name.endswith(".json"):
+            json.loads(path.read_bytes())
+            return True
+        return header(directory, name) is not None
+    except (CheckpointError, ValueError, RecursionError):
+        return False
+
+
+def pointer(directory: Path, name: str) -> bool:
+    """Whether a file is what Git has in the place of a large one until ``git lfs pull`` fetches it."""
+    with open(directory / name, "rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 @contextlib.contextmanager

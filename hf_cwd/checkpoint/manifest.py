@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,27 @@ from hf_cwd.checkpoint.files import (
     checksums,
     header,
     inside,
+    is_whole,
+    pointer,
     regular_size,
     replace_durably,
     sync_directory,
 )
+from hf_cwd.origins import listed
 
 NAME = "cwd_manifest.json"
 FORMAT = 2
 NAMED = 5  # problems that an error lists
 LARGEST = 2**28  # bytes of a manifest
-# Other files may lie in a checkpoint, but none that a resume would take for a part of it.
-LOADED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".safetensors", ".distcp", ".index.json", ".metadata")
-LOADED_NAMES = ("latest", "trainer_state.json", "adapter_config.json")
+# What the Trainer, Accelerate, DeepSpeed and this package load when a run goes on, as paths below the checkpoint. All
+# else that lies there is the user's: notes, a README.md, a tokenizer, an export.
+ADAPTERS = ("adapter_model.*", "adapter_config.json", "*/adapter_model.*", "*/adapter_config.json")
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "pytorch_model*", *ADAPTERS)
+STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt")
+OTHERS = ("trainer_state.json", "config.json", "rng_state*.pth", "scaler.pt", "latest", "global_step*/*", "cwd_part-*")
 ADVICE = (
     "Copy the checkpoint again if it was copied, or resume from another one: resume_from_checkpoint=True takes the "
-    "newest that is whole. cwd_verify='off' does not look"
+    "newest that is whole. To take it as it is now, give --optim_args cwd_verify=off"
 )
 
 
@@ -39,7 +46,7 @@ ADVICE = (
 class Manifest:
     """What was saved: the Trainer's step, the number of ranks, versions of packages, and files by their paths.
 
-    ``is_resumable`` is False for weights alone, from which no run can go on.
+    ``is_resumable`` is False for weights alone, from which a run goes on with new states only.
     """
 
     step: int
@@ -48,10 +55,11 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, Entry]
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.files.values())
+    def loads(self, name: str) -> bool:
+        """Whether a run that goes on from this checkpoint loads a file, of it or one that was put there."""
+        if is_of(name, ADAPTERS):  # beside the weights of a model nobody asks for adapters
+            return any(is_of(other, ADAPTERS) for other in self.files)
+        return is_of(name, (*WEIGHTS, *STATES, *OTHERS))
 
 
 def describe(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Entry]:
@@ -134,7 +142,7 @@ def read(directory: str | Path) -> Manifest:
 
 
 def verify(directory: str | Path, *, fast: bool = False) -> Manifest:
-    """Compares a checkpoint with its manifest; loads nothing.
+    """Compares all files of a checkpoint with its manifest; loads nothing.
 
     Args:
         fast: compare sizes and the headers of safetensors only.
@@ -143,7 +151,7 @@ def verify(directory: str | Path, *, fast: bool = False) -> Manifest:
         CheckpointError: they differ; it names the files, what differs and what to do.
     """
     found = read(directory)
-    check(directory, problems(directory, found, fast=fast))
+    check(directory, problems(directory, found, found.files, fast=fast) + foreign(directory, found))
     return found
 
 
@@ -154,21 +162,14 @@ def check(directory: str | Path, found: list[str]) -> None:
         raise CheckpointError(f"{directory} is not what was saved: {'; '.join(found[:NAMED])}{more}", ADVICE)
 
 
-def problems(directory: str | Path, manifest: Manifest, *, fast: bool = False, share: slice = slice(None)) -> list[str]:
-    """What differs between a checkpoint and its manifest; see :func:`verify`.
-
-    Args:
-        share: which of the files to look at, in the manifest's order, where ranks divide them.
-    """
+def problems(directory: str | Path, manifest: Manifest, names: Iterable[str], *, fast: bool = False) -> list[str]:
+    """What differs between some files of a manifest and what is in a checkpoint; see :func:`verify`."""
     directory = Path(directory)
     found, whole = [], []
-    for name in list(manifest.files)[share]:
+    for name in names:
         entry = manifest.files[name]
         try:
-            size = regular_size(directory, name)
-            if size != entry.size:
-                cut = ": it was cut off" if size < entry.size else ""
-                raise CheckpointError(f"{name} has {size} bytes instead of {entry.size}{cut}")
+            _compare_sizes(directory, name, entry)
             _compare_headers(name, entry, header(directory, name))
         except CheckpointError as error:
             found.append(str(error))
@@ -180,19 +181,42 @@ def problems(directory: str | Path, manifest: Manifest, *, fast: bool = False, s
             bad = [i for i, (now, then) in enumerate(zip(sums, entry.xxh3_64, strict=True)) if now != then]
             if bad:
                 found.append(f"{name} was changed, in {_place(bad, entry.size)}")
-    if not (share.start or 0):  # one look at what is not in the manifest is enough
-        found += _foreign(directory, manifest)
     return found
 
 
-def _foreign(directory: Path, manifest: Manifest) -> list[str]:
-    found = []
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            relative = Path(folder, name).relative_to(directory).as_posix()
-            if relative not in manifest.files and (name.endswith(LOADED) or name in LOADED_NAMES):
-                found.append(f"{relative} is not of this checkpoint, and would be loaded with it")
-    return sorted(found)
+def foreign(directory: str | Path, manifest: Manifest) -> list[str]:
+    """What was not saved with a checkpoint, and would be loaded with it."""
+    there = {
+        Path(folder, name).relative_to(directory).as_posix()
+        for folder, _, names in os.walk(directory)
+        for name in names
+    }
+    new = sorted(name for name in there - manifest.files.keys() if manifest.loads(name))
+    weights = [name for name in new if is_of(name, WEIGHTS)]
+    gone = [name for name in manifest.files if is_of(name, WEIGHTS) and name not in there]
+    text = "{} is not of this checkpoint, and would be loaded with it"
+    if not (weights and gone):
+        return [text.format(name) for name in new]
+    again = f"its weights were written again after it was saved, as {listed(weights)} instead of {listed(gone)}"
+    new = [name for name in new if name not in weights]
+    return [again, *(text.format(name) for name in new)]
+
+
+def is_of(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of some patterns names a file."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _compare_sizes(directory: Path, name: str, entry: Entry) -> None:
+    size = regular_size(directory, name)
+    if size == entry.size:
+        return
+    differs = f"{name} has {size} bytes instead of {entry.size}"
+    if pointer(directory, name):
+        raise CheckpointError(f"{differs}: it is a pointer of Git LFS, and git lfs pull fetches the file")
+    if is_whole(directory, name):
+        raise CheckpointError(f"{differs}: it was written again after it was saved")
+    raise CheckpointError(differs + (": it was cut off" if size < entry.size else ""))
 
 
 def _compare_headers(name: str, entry: Entry, now: dict[str, tuple[str, tuple[int, ...]]] | None) -> None:
@@ -229,9 +253,10 @@ def _parsed(content: bytes) -> Manifest:
     if not isinstance(body, dict) or type(body.get("format")) is not int:
         raise CheckpointError(f"{NAME} is damaged: it has no format")
     if body["format"] != FORMAT:
+        version = "an older" if body["format"] < FORMAT else "a newer"
         raise CheckpointError(
-            f"{NAME} has format {body['format']}, and this hf_cwd reads format {FORMAT}: resume with the version of "
-            "hf_cwd that saved it"
+            f"{NAME} has format {body['format']}, of {version} hf_cwd, and this one reads format {FORMAT}: resume with "
+            "the version of hf_cwd that saved it"
         )
     del body["format"]
     if body.pop("sha256", None) != _digest(body):

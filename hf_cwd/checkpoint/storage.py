@@ -166,12 +166,21 @@ class Storage:
                 yield f"{self.directory / name} was whole, and had not got its name when its run was ended: it has now"
             sync_directory(self.directory)
 
-    def verify(self, checkpoint: str | Path, *, fast: bool) -> Manifest:
-        """:func:`manifest.verify` with the files shared out to the ranks, each of which raises what any has found."""
-        read = together(lambda: manifest.read(checkpoint))
-        found = together(lambda: manifest.problems(checkpoint, read[self._rank], fast=fast, share=self._share))
-        manifest.check(checkpoint, list(dict.fromkeys(problem for some in found for problem in some)))
-        return read[self._rank]
+    def verify(self, checkpoint: str | Path, *, fast: bool, fresh: bool = False) -> Manifest:
+        """:func:`manifest.verify` of the files that a resume loads, by the ranks together.
+
+        Each looks at some of the files, and raises what any has found. A ``fresh`` run can do without optimizer states
+        and schedule, which may be missing; ``training_args.bin``, a tokenizer or a README.md may be anything.
+        """
+        read = together(lambda: manifest.read(checkpoint))[self._rank]
+        names = [name for name in read.files if read.loads(name)]
+        if fresh:
+            names = [n for n in names if os.path.lexists(Path(checkpoint, n)) or not manifest.is_of(n, manifest.STATES)]
+        foreign = together((lambda: manifest.foreign(checkpoint, read)) if self.is_keeper else None)
+        found = together(lambda: manifest.problems(checkpoint, read, names[self._share], fast=fast))
+        every = [problem for some in (*foreign, *found) for problem in some or ()]
+        manifest.check(checkpoint, list(dict.fromkeys(every)))
+        return read
 
 
 def number(name: str) -> int:

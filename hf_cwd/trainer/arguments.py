@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_cwd.trainer.naming import PREFIX, chosen
+from hf_cwd.trainer.options import asked_for
 
 LOGS, NOT_FINITE, VERIFY = ("summary", "groups", "off"), ("stop", "skip", "ignore"), ("full", "fast", "off")
 
@@ -26,7 +27,8 @@ class CWDArgumentsMixin:
             (raise before the step), ``"skip"`` (leave weights and states as they are; 20 times in a row is an error)
             or ``"ignore"``. Other Trainers do not look.
         cwd_verify: what a checkpoint is compared with before a run goes on from it: ``"full"`` (the checksums of all
-            files), ``"fast"`` (sizes, and the headers of safetensors) or ``"off"``.
+            files), ``"fast"`` (sizes, and the headers of safetensors) or ``"off"``; None is what ``cwd_verify`` in
+            ``--optim_args`` says, else ``"full"``.
 
     Raises:
         ValueError: another value, ``cwd_log`` for an optimizer that is not of this package, or one that contradicts
@@ -62,11 +64,11 @@ class CWDArgumentsMixin:
             "choices": NOT_FINITE,
         },
     )
-    cwd_verify: str = field(
-        default="full",
+    cwd_verify: str | None = field(
+        default=None,
         metadata={
             "help": "How a checkpoint is compared with its manifest before a run goes on from it: full (checksums), "
-            "fast (sizes and headers) or off.",
+            "fast (sizes and headers) or off; by default what --optim_args says, else full.",
             "choices": VERIFY,
         },
     )
@@ -91,12 +93,17 @@ class CWDArgumentsMixin:
         for key, value, valid in (
             ("cwd_log", self.cwd_log, (None, *LOGS)),
             ("cwd_not_finite", self.cwd_not_finite, NOT_FINITE),
-            ("cwd_verify", self.cwd_verify, VERIFY),
+            ("cwd_verify", self.cwd_verify, (None, *VERIFY)),
         ):
             if value not in valid:
                 raise ValueError(f"{key}={value!r} does not exist: give one of {', '.join(filter(None, valid))}")
         if self.cwd_log is not None:
             self._pass_on_log()
+        said = asked_for(self, "cwd_verify")
+        if None not in (said, self.cwd_verify) and said != self.cwd_verify:
+            raise ValueError(
+                f"cwd_verify={self.cwd_verify!r} contradicts cwd_verify={said} in --optim_args: give one of them"
+            )
         super().__post_init__()
 
     def _pass_on_log(self) -> None:

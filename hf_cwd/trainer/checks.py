@@ -5,17 +5,16 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.origins import listed
-from hf_cwd.rules import RULES
 from hf_cwd.sharding.dtensor import is_dtensor
 from hf_cwd.state_dict import RESET
+from hf_cwd.states import keys
 from hf_cwd.trainer import deepspeed
+from hf_cwd.trainer.loading import follow
 from hf_cwd.trainer.log import logger, warn_once
 from hf_cwd.trainer.naming import PREFIX, chosen, names
-from hf_cwd.trainer.options import optimizer_arguments
 
 OTHER_MASK = (
     "of the Cautious Optimizers (arXiv 2411.16085), which mask the update. Cautious weight decay (arXiv 2510.12402) "
@@ -196,16 +195,19 @@ def check_resumed(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any, step: i
         RuntimeError: the optimizer has no state: the Trainer goes on without a word where a checkpoint holds none.
         ValueError: the state was left behind on demand, and the schedule cannot follow.
     """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [state for p in held if (state := optimizer.state.get(p))]
-    if optimizer.reset_because is not None or (not states and optimizer.on_rule_change == "reset"):
+    held = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    states = [state for _, p in held if (state := optimizer.state.get(p))]
+    # A rank may hold nothing of a small model, and SGD without momentum remembers nothing.
+    kept = [p for group, p in held if optimizer.overruled is None or keys(group, p.dtype)]
+    is_empty = bool(kept) and not states
+    if optimizer.reset_because is not None or (is_empty and optimizer.on_rule_change == "reset"):
         why = optimizer.reset_because or "the checkpoint holds no optimizer state"
         if args.should_log:
             warn_once(f"{RESET}: {type(optimizer).__name__} begins with new states at step {step}, since {why}")
         if not deepspeed.is_used(args):
-            _follow(optimizer, lr_scheduler)
+            follow(optimizer, lr_scheduler, step)
         return
-    if not states and held:  # a rank may hold nothing of a small model
+    if is_empty:
         raise RuntimeError(
             f"the run is resumed at step {step}, and {type(optimizer).__name__} got no state back: the checkpoint "
             "holds none (optimizer.pt and scheduler.pt are needed both; save_only_model=True saves neither). Resume "
@@ -216,45 +218,18 @@ def check_resumed(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any, step: i
         logger().info(
             f"resumed at step {step}: {tensors} state tensors of {len(states)} of {len(held)} parameters restored"
         )
-        warn_of_resumed(args, optimizer)
+        warn_of_resumed(optimizer)
 
 
-def _follow(optimizer: CWDOptimizer, lr_scheduler: Any) -> None:
-    """The schedule was loaded with the learning rates of the saved groups: those of the present ones take their place.
-
-    Raises ValueError where the schedule is not one of transformers', which are all LambdaLR.
-    """
-    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside Accelerate's
-    if not isinstance(schedule, LambdaLR):
-        raise ValueError(
-            f"--optim_args {RESET} cannot carry on a {type(schedule).__name__} of a saved optimizer with other "
-            "parameter groups: choose another --lr_scheduler_type, or begin a new run from the checkpoint's weights"
-        )
-    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * factor(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
-def warn_of_resumed(args: Any, optimizer: CWDOptimizer) -> None:
-    """Says which flags have no effect in a resumed run: a checkpoint's hyper-parameters win, as in all of torch."""
-    name = chosen(args)
-    if name not in names():
-        return
-    rule = RULES[name.removeprefix(PREFIX)]
-    told = []
-    for argument, value in optimizer_arguments(args).items():
-        algorithm, key = rule.name, argument
-        if rule.companion is not None and argument.startswith(f"{rule.companion}_"):
-            algorithm, key = rule.companion, argument.removeprefix(f"{rule.companion}_")
-        key = "initial_lr" if key == "lr" else key  # which the schedule leaves alone
-        groups = [group for group in optimizer.param_groups if group["algorithm"] == algorithm and key in group]
-        if key == "weight_decay":  # that of norms and biases is 0 whatever the flag says
-            groups = [group for group in groups if group[key] != 0] or groups
-        if groups and all(group[key] != value for group in groups):
-            told.append(f"{argument}={groups[0][key]}, not {value}")
+def warn_of_resumed(optimizer: CWDOptimizer) -> None:
+    """Says which settings have no effect in a resumed run: a checkpoint's hyper-parameters win, as in all of torch."""
+    own = optimizer.defaults["algorithm"]
+    told = [
+        f"{'' if rule == own else f'{rule}_'}{key}={loaded}, not {given}"
+        for rule, key, loaded, given in optimizer.overruled or ()
+    ]
     if told:
         warn_once(
-            f"the resumed {name} keeps the hyper-parameters of its checkpoint, whatever the flags say now: "
-            f"{'; '.join(told)}. To change them, start another run from the checkpoint's weights"
+            f"the resumed {PREFIX}{own} keeps the hyper-parameters of its checkpoint, whatever the flags say now: "
+            f"{'; '.join(dict.fromkeys(told))}. To change them, start another run from the checkpoint's weights"
         )

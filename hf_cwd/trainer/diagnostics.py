@@ -12,9 +12,13 @@ from hf_cwd.measure import Statistics, StepStatistics, Totals
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.origins import listed
 from hf_cwd.trainer.checks import innermost
-from hf_cwd.trainer.log import warn_once
+from hf_cwd.trainer.log import logger
 from hf_cwd.trainer.options import asked_for
 
+GO_ON = (
+    "go on from the last checkpoint before it, with a lower learning rate, more warm-up, or gradient clipping "
+    "(--max_grad_norm)"
+)
 KEYS = ("decayed_fraction", "effective_decay", "update_to_weight", "update_rms", "weight_rms")  # of Totals
 
 
@@ -31,18 +35,21 @@ class DiagnosticsCallback(TrainerCallback):
     numbers, and its number as ``cwd/step``. Where weights are sharded every rank must have the callback.
 
     Raises:
-        RuntimeError: weights or updates are not finite. All ranks raise it; each names its own.
+        RuntimeError: weights or updates are not finite. All ranks raise it; each names its own. Who asks to see such
+            numbers (``logging_nan_inf_filter=False``) or none of ours (``cwd_log=off``, which goes by the Trainer's
+            loss and gradient norm) is warned once instead.
     """
 
     def __init__(self) -> None:
         self._optimizer: CWDOptimizer | None = None  # that collects at present
         self._last: tuple[int, dict[str, float]] | None = None
+        self._has_warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._release()
-        self._last = None
+        self._last, self._has_warned = None, False
 
     def on_step_begin(  # under DeepSpeed the optimizer steps before on_pre_optimizer_step
         self,
@@ -69,7 +76,8 @@ class DiagnosticsCallback(TrainerCallback):
             # Ranks add up here, where all of them come by: a log may be made by one of them alone.
             found = self._optimizer.statistics.read()
             self._last = (state.global_step, dict(_named(found, self._optimizer, args)))
-            _check_finite(found, state.global_step, args, model)
+            if not found.total.is_finite:
+                self._tell(_not_finite(found, state.global_step, model), args)
         self._release()
 
     def on_log(
@@ -80,7 +88,11 @@ class DiagnosticsCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._last is None or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
+            return
+        if log_level(args) == "off" and (text := _logged_not_finite(logs, state.global_step, args)):
+            self._tell(text, args)
+        if self._last is None:
             return
         step, numbers = self._last
         numbers = numbers if step == state.global_step else numbers | {"cwd/step": step}
@@ -91,6 +103,15 @@ class DiagnosticsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._release()
+
+    def _tell(self, text: str, args: TrainingArguments) -> None:
+        """Ends the run, or warns once where somebody has asked to see such numbers, or for none of ours."""
+        asked = getattr(args, "cwd_not_finite", "stop") == "ignore" or not args.logging_nan_inf_filter
+        if not (asked or log_level(args) == "off"):
+            raise RuntimeError(text)
+        if not self._has_warned:
+            self._has_warned = True
+            logger().warning(text)
 
     def _release(self) -> None:
         if self._optimizer is not None:
@@ -139,17 +160,15 @@ def _figures(prefix: str, totals: Totals) -> Iterator[tuple[str, float]]:
             yield f"{prefix}/{key}", value
 
 
-def _check_finite(found: Statistics, step: int, args: TrainingArguments, model: torch.nn.Module) -> None:
-    if found.total.is_finite:
-        return
+def _not_finite(found: Statistics, step: int, model: torch.nn.Module) -> str:
     named = {p: name for name, p in model.named_parameters()}  # not of what DeepSpeed flattened: that has its own
     names = [named.get(p, text) for p, text in found.not_finite.items()] or ["parameters of another rank"]
-    text = (
-        f"step {step}: not finite: weights, updates or optimizer states of {listed(names)}. What is so "
-        "stays so. Go on from the last checkpoint before it, with a lower learning rate, more warm-up, or gradient "
-        "clipping (--max_grad_norm)"
-    )
-    if getattr(args, "cwd_not_finite", "stop") == "ignore":
-        warn_once(text)
-    else:
-        raise RuntimeError(text)
+    what = f"not finite: weights, updates or optimizer states of {listed(names)}"
+    return f"step {step}: {what}. What is so stays so: {GO_ON}"
+
+
+def _logged_not_finite(logs: dict[str, float], step: int, args: TrainingArguments) -> str | None:
+    """By the Trainer's own numbers. Under fp16 a norm is infinite wherever the loss scaler finds its scale."""
+    keys = ("loss",) if args.fp16 else ("loss", "grad_norm")
+    bad = " and ".join(f"{key} {float(logs[key])}" for key in keys if key in logs and not math.isfinite(logs[key]))
+    return f"step {step}: the log has {bad}. Weights and states that it has reached stay so: {GO_ON}" if bad else None

@@ -111,7 +111,7 @@ class FiniteGuard:
 
     def _is_finite(self, params: list[nn.Parameter], norm: Any) -> bool:
         """Whether the step may be made with the gradients as they are; else they are gone, or an error is raised."""
-        accelerator, step = self._trainer.accelerator, self._trainer.state.global_step + 1
+        args, accelerator, step = self._trainer.args, self._trainer.accelerator, self._trainer.state.global_step + 1
         known = [] if norm is None else [norm]
         values = _values([*known, *self._losses])
         losses = [value for value in values[len(known) :] if not math.isfinite(value)]
@@ -124,9 +124,10 @@ class FiniteGuard:
             what = ""
             if losses and not self._has_warned:
                 self._has_warned = True
+                hidden = "; the Trainer's log leaves it out of the mean" if args.logging_nan_inf_filter else ""
                 logger().warning(
                     f"step {step}: the loss is {losses[0]}, and the gradients are finite: the step is made. A batch "
-                    "without labels gives such a loss; the Trainer's log leaves it out of the mean"
+                    f"without labels gives such a loss{hidden}"
                 )
         else:
             what = f"the gradient norm is {values[0]}" + (f", this rank's loss {losses[0]}" if losses else "")

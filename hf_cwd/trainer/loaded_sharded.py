@@ -19,6 +19,7 @@ from hf_cwd.checkpoint import parts
 from hf_cwd.checkpoint.restore import Part
 from hf_cwd.sharding import agree
 from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.loading import of_any_groups
 from hf_cwd.trainer.log import logger
 
 SIZES = ("dp_replicate_size", "fsdp_size", "tp_size", "pp_size", "ep_size")
@@ -106,7 +107,8 @@ class LoadedSharded:
         start = time.perf_counter()
         part, optimizer = self._cwd_open(checkpoint), innermost(self.optimizer)
         self.optimizer.load_state_dict(part.optimizer_state(optimizer))
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        with of_any_groups(self.lr_scheduler):
+            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
         if optimizer.reset_because is not None:
             return
         taken, saved = sum(map(len, optimizer.state.values())), part.about["states"]

@@ -1,6 +1,5 @@
 """Manifests for checkpoints of the plain Trainer, which saves in its own way: a callback that it has by default."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,58 @@ from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import warn_once
-from hf_cwd.trainer.resuming import check
+from hf_cwd.trainer.naming import chosen, names
+from hf_cwd.trainer.resuming import check, chosen_checkpoint, may_begin_fresh, verify_mode
 from hf_cwd.trainer.saving import versions
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes the manifest of each checkpoint, and compares the one that a run goes on from, before its first step.
+    """Writes the manifest of each checkpoint, and compares the one that a run goes on from.
 
     Only where an optimizer of this package trains; :class:`hf_cwd.CWDTrainer`, which does it all by itself, takes it
-    away. The Trainer tells callbacks neither when all ranks have saved nor what it resumes from. So with several ranks
-    the manifest is written after the next step, which no rank ends before all have begun it; and what is compared is
-    ``args.resume_from_checkpoint``, or else the output directory's checkpoint of the step at which training begins.
-
-    Raises:
-        CheckpointError: the checkpoint that was resumed from is not what was saved.
+    away. The Trainer does not tell callbacks when all ranks have saved: with several ranks the manifest is written
+    after the next step, which no rank ends before all have begun it. What it resumes from is told by
+    :mod:`hf_cwd.trainer.resumes`.
     """
 
     def __init__(self) -> None:
         self._unsealed: Path | None = None
+        self._compared: Path | None = None
+
+    def newest(self, trainer: Any, folder: str) -> str | None:
+        """What to resume from in a run's directory: the newest checkpoint that is what was saved.
+
+        None where no optimizer of this package is to train, or no checkpoint there has a manifest.
+
+        Raises:
+            CheckpointError: none will do; it says why.
+        """
+        if chosen(trainer.args) not in names() and not _is_ours(trainer.optimizer):
+            return None
+        storage = Storage(folder, is_probed=False)
+        paths = [storage.directory / name for name in storage.checkpoints().values()]
+        if not any(together(lambda: any(map(manifest.exists, paths)))):
+            return None
+        found = chosen_checkpoint(storage, True, mode=verify_mode(trainer.args), fresh=may_begin_fresh(trainer))
+        self._compared = Path(found)
+        return found
+
+    def compare(self, trainer: Any, checkpoint: str) -> None:
+        """Compares what a run goes on from with its manifest, if it has one.
+
+        Raises:
+            CheckpointError: it is not what was saved.
+        """
+        compared, self._compared, path = self._compared, None, Path(checkpoint)
+        mode = verify_mode(trainer.args)
+        if path != compared and mode != "off" and all(together(lambda: manifest.exists(path))):
+            storage = Storage(trainer.args.output_dir, is_probed=False)
+            check(storage, path, mode=mode, fresh=may_begin_fresh(trainer))
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._unsealed = None
-        if state.global_step == 0 or not _is_ours(optimizer):
-            return
-        mode = getattr(args, "cwd_verify", "full")
-        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if args.resume_from_checkpoint and os.path.isdir(args.resume_from_checkpoint):
-            checkpoint = Path(args.resume_from_checkpoint)
-        if mode != "off" and all(together(lambda: manifest.exists(checkpoint))):
-            check(Storage(args.output_dir, is_probed=False), checkpoint, mode=mode)
 
     def on_save(
         self,

@@ -1,10 +1,10 @@
 """Makes ``cwd_<rule>`` values of ``--optim``: real members of transformers' OptimizerNames, with handlers.
 
-transformers has no public call for this, so five things are added to it, once it is imported by whoever wants it:
+transformers has no public call for this, so six things are added to it, once it is imported by whoever wants it:
 members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
-of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one, and
+of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one,
 callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, and
-write down its settings.
+write down its settings, and a look at the checkpoint that a run goes on from.
 """
 
 import argparse
@@ -29,6 +29,7 @@ _CALLBACKS = {
     "hf_cwd.trainer.record": "RunRecordCallback",
     "hf_cwd.trainer.manifests": "CheckpointCallback",
 }
+_RESUMES = "hf_cwd.trainer.resumes"  # what the plain Trainer is given beside its callbacks
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
 
 
@@ -62,6 +63,7 @@ def unregister() -> None:
         trainer = sys.modules.get("transformers.trainer")
         if trainer is not None:
             trainer.DEFAULT_CALLBACKS[:] = [c for c in trainer.DEFAULT_CALLBACKS if c.__module__ not in _CALLBACKS]
+            importlib.import_module(_RESUMES).remove(trainer)
         for parser in filter(None, map(sys.modules.get, _PARSERS)):
             make = getattr(parser, "make_choice_type_function", None)
             if hasattr(make, "_hf_cwd_original"):
@@ -103,6 +105,7 @@ def _on_trainer(module: ModuleType) -> None:
         callback = getattr(importlib.import_module(home), name)
         if callback not in module.DEFAULT_CALLBACKS:
             module.DEFAULT_CALLBACKS.append(callback)
+    importlib.import_module(_RESUMES).install(module)
 
 
 def _on_hf_argparser(module: ModuleType) -> None:

@@ -28,7 +28,11 @@ CLASSES = {
 }
 # TrainingArguments' own flags for these; giving them a second name would only let the two disagree.
 FLAGS = {"lr": "--learning_rate", "learning_rate": "--learning_rate", "weight_decay": "--weight_decay"}
-LOG = {"cwd_log": Choice("summary", ("summary", "groups", "off"))}  # of DiagnosticsCallback, not of the optimizer
+# Of the callbacks, not of the optimizer: see DiagnosticsCallback and CheckpointCallback.
+LOG = {
+    "cwd_log": Choice("summary", ("summary", "groups", "off")),
+    "cwd_verify": Choice("full", ("full", "fast", "off")),
+}
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 

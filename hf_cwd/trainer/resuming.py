@@ -3,14 +3,18 @@
 import json
 import os
 import time
-import zipfile
 from pathlib import Path
+from typing import Any
 
 from hf_cwd.checkpoint import manifest
-from hf_cwd.checkpoint.files import CheckpointError, header
+from hf_cwd.checkpoint.files import CheckpointError, header, is_whole, pointer
 from hf_cwd.checkpoint.layout import LOAD_TIME, WHOLE, advice, saved_under
 from hf_cwd.checkpoint.storage import Storage, together
+from hf_cwd.origins import listed
+from hf_cwd.state_dict import RESET
+from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import logger
+from hf_cwd.trainer.options import asked_for
 
 # What the Trainer, Accelerate, DeepSpeed or this package saves: of each line something must be there.
 PARTS = {
@@ -19,9 +23,21 @@ PARTS = {
     "schedule": ("scheduler.pt", "latest"),
 }
 BEGIN = "Resume from another one, or begin a new run from its weights by from_pretrained"
+FRESH = f"{BEGIN}. With --optim_args {RESET} it goes on with new states"
 
 
-def chosen_checkpoint(storage: Storage, asked: str | bool | None, *, mode: str) -> str | None:
+def verify_mode(args: Any) -> str:
+    """``cwd_verify``, a field of some TrainingArguments and a key of ``--optim_args``."""
+    return getattr(args, "cwd_verify", None) or asked_for(args, "cwd_verify") or "full"
+
+
+def may_begin_fresh(trainer: Any) -> bool:
+    """Whether a run may go on with new states where a checkpoint has none for it."""
+    given = getattr(innermost(trainer.optimizer), "on_rule_change", None)  # by optimizers=
+    return "reset" in (given, asked_for(trainer.args, "on_rule_change"))
+
+
+def chosen_checkpoint(storage: Storage, asked: str | bool | None, *, mode: str, fresh: bool = False) -> str | None:
     """What to resume from; all ranks call it, and get the same.
 
     What a killed run has left is put in order first.
@@ -29,6 +45,7 @@ def chosen_checkpoint(storage: Storage, asked: str | bool | None, *, mode: str) 
     Args:
         asked: as for ``Trainer.train``; also the text ``"true"``, which is what a script's own flag may give.
         mode: ``"full"`` compares checksums, ``"fast"`` sizes and headers, ``"off"`` nothing.
+        fresh: the optimizer's states and the schedule may be missing.
 
     Raises:
         CheckpointError: it is not what was saved, or there is none.
@@ -40,17 +57,17 @@ def chosen_checkpoint(storage: Storage, asked: str | bool | None, *, mode: str) 
     if not asked:
         return None
     if asked is not True:
-        check(storage, Path(asked), mode=mode)
+        check(storage, Path(asked), mode=mode, fresh=fresh)
         return str(asked)
-    return str(_newest(storage, mode))
+    return str(_newest(storage, mode, fresh=fresh))
 
 
-def check(storage: Storage, checkpoint: Path, *, mode: str) -> None:
+def check(storage: Storage, checkpoint: Path, *, mode: str, fresh: bool = False) -> None:
     """Compares a checkpoint with its manifest, or says that it has none; see :func:`chosen_checkpoint`."""
     if mode == "off":
         return
     if not all(together(lambda: manifest.exists(checkpoint))):
-        together(lambda: _check_is_complete(checkpoint))
+        together(lambda: _check_is_complete(checkpoint, fresh=fresh))
         _say(
             storage,
             f"{checkpoint} has no {manifest.NAME}, as when the plain Trainer saved it: it is taken as it is, for it "
@@ -58,11 +75,12 @@ def check(storage: Storage, checkpoint: Path, *, mode: str) -> None:
         )
         return
     start = time.perf_counter()
-    found = storage.verify(checkpoint, fast=mode == "fast")
-    if not found.is_resumable:
-        raise CheckpointError(f"{checkpoint} was saved with save_only_model and has no optimizer state", BEGIN)
+    found = storage.verify(checkpoint, fast=mode == "fast", fresh=fresh)
+    if not (found.is_resumable or fresh):
+        raise CheckpointError(f"{checkpoint} was saved with save_only_model and has no optimizer state", FRESH)
     taken = time.perf_counter() - start
-    how = f"sizes and headers of {len(found.files)} files" if mode == "fast" else _speed(found, taken)
+    sizes = [entry.size for name, entry in found.files.items() if found.loads(name)]
+    how = f"sizes and headers of {len(sizes)} files" if mode == "fast" else _speed(sizes, taken)
     _say(storage, f"{checkpoint} is what was saved at step {found.step}: {how}")
 
 
@@ -81,7 +99,7 @@ def check_layout(storage: Storage, checkpoint: str, now: str | None, *, fresh: b
         )
 
 
-def _newest(storage: Storage, mode: str) -> Path:
+def _newest(storage: Storage, mode: str, *, fresh: bool) -> Path:
     lists = together(storage.checkpoints)
     steps = sorted(set.intersection(*(set(each) for each in lists)), reverse=True)
     skipped = []
@@ -91,9 +109,9 @@ def _newest(storage: Storage, mode: str) -> Path:
     for path in paths if mode == "off" else [*filter(has.get, paths), *(path for path in paths if not has[path])]:
         try:
             if mode == "off":
-                together(lambda path=path: _check_is_complete(path))
+                together(lambda path=path: _check_is_complete(path, fresh=fresh))
             else:
-                check(storage, path, mode=mode)
+                check(storage, path, mode=mode, fresh=fresh)
         except CheckpointError as error:
             skipped.append(error.what)
             continue
@@ -108,49 +126,66 @@ def _newest(storage: Storage, mode: str) -> Path:
     )
 
 
-def missing(checkpoint: Path) -> list[str]:
-    """What a resume would look for and not find in a checkpoint."""
+def missing(checkpoint: Path, *, fresh: bool = False) -> list[str]:
+    """What a resume would look for and not find in a checkpoint; a ``fresh`` one needs weights and the step alone."""
     lacks = [
         f"{kind} ({patterns[0]}, {patterns[1]} ...)"
         for kind, patterns in PARTS.items()
-        if not any(any(checkpoint.glob(pattern)) for pattern in patterns)
+        if (kind == "weights" or not fresh) and not any(any(checkpoint.glob(pattern)) for pattern in patterns)
     ]
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if type(state["global_step"]) is not int or state["global_step"] < 1:
+            lacks.append("trainer_state.json with the number of a step")
     except FileNotFoundError:
         lacks.append("trainer_state.json")
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         lacks.append("trainer_state.json that can be read")
     return lacks
 
 
-def _check_is_complete(checkpoint: Path) -> None:
+def _check_is_complete(checkpoint: Path, *, fresh: bool) -> None:
     """Whether one without a manifest has all its parts, of which none is cut off, as far as that can be seen."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is no directory", "Give the path of a checkpoint, .../checkpoint-N")
-    if lacks := missing(checkpoint):
+    if lacks := missing(checkpoint, fresh=fresh):
         raise CheckpointError(
             f"{checkpoint} has no {', no '.join(lacks)}: its run was killed while it was saved, or it was saved with "
             "save_only_model",
-            BEGIN,
+            BEGIN if fresh else FRESH,
         )
-    cut = []
-    for path in sorted(checkpoint.iterdir()):
-        try:
-            header(checkpoint, path.name)
-        except CheckpointError as error:
-            cut.append(str(error))
-        if path.suffix in (".pt", ".pth") and path.is_file() and not zipfile.is_zipfile(path):
-            cut.append(f"{path.name} has no end")
-    if cut:
+    names = [path.name for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    if cut := [text for name in names if (text := _cut(checkpoint, name)) is not None]:
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(cut)}", "Resume from another one")
 
 
-def _speed(found: manifest.Manifest, seconds: float) -> str:
-    return (
-        f"{len(found.files)} files, {found.size / 1e9:.2f} GB compared in {seconds:.1f} s "
-        f"({found.size / 1e9 / max(seconds, 1e-9):.1f} GB/s)"
-    )
+def _cut(checkpoint: Path, name: str) -> str | None:
+    """How a file that a resume loads is cut off, as far as that can be seen without a manifest."""
+    if not manifest.is_of(name, (*manifest.WEIGHTS, *manifest.STATES, *manifest.OTHERS)):
+        return None
+    if pointer(checkpoint, name):
+        return f"{name} is a pointer of Git LFS, and git lfs pull fetches the file"
+    try:
+        header(checkpoint, name)
+    except CheckpointError as error:
+        return str(error)
+    if name.endswith(".index.json"):
+        return _lost_shards(checkpoint, name)
+    return f"{name} has no end" if name.endswith((".pt", ".pth")) and not is_whole(checkpoint, name) else None
+
+
+def _lost_shards(checkpoint: Path, index: str) -> str | None:
+    try:
+        shards = set(json.loads((checkpoint / index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{index} cannot be read"
+    lost = sorted(shard for shard in shards if not (checkpoint / shard).is_file())
+    return f"{index} names {listed(lost)}, which is not there" if lost else None
+
+
+def _speed(sizes: list[int], seconds: float) -> str:
+    size = sum(sizes) / 1e9
+    return f"{len(sizes)} files, {size:.2f} GB compared in {seconds:.1f} s ({size / max(seconds, 1e-9):.1f} GB/s)"
 
 
 def _say(storage: Storage, text: str, *, is_warning: bool = False) -> None:

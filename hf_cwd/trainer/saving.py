@@ -13,8 +13,7 @@ from hf_cwd.checkpoint import layout, manifest
 from hf_cwd.checkpoint.files import CheckpointError, written_early
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.trainer.log import warn_once
-from hf_cwd.trainer.options import asked_for
-from hf_cwd.trainer.resuming import check_layout, chosen_checkpoint, missing
+from hf_cwd.trainer.resuming import check_layout, chosen_checkpoint, may_begin_fresh, missing, verify_mode
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
@@ -43,11 +42,11 @@ class SavingMixin:
         """
         if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
             storage = self._cwd_storage_of(self.args.output_dir, saves=self.args.save_strategy != SaveStrategy.NO)
+            fresh = may_begin_fresh(self)
             resume_from_checkpoint = chosen_checkpoint(
-                storage, resume_from_checkpoint, mode=getattr(self.args, "cwd_verify", "full")
+                storage, resume_from_checkpoint, mode=verify_mode(self.args), fresh=fresh
             )
             if resume_from_checkpoint is not None:
-                fresh = asked_for(self.args, "on_rule_change") == "reset"
                 check_layout(storage, resume_from_checkpoint, self._cwd_layout(), fresh=fresh)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

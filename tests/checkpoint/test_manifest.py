@@ -44,7 +44,8 @@ def test_what_was_saved_verifies(checkpoint):
         assert (found.step, found.world_size, found.versions) == (7, 2, {"torch": "2.13"})
         assert [*found.files] == ["global_step7/empty.pt", "model.safetensors", "optimizer.pt", "trainer_state.json"]
         assert found.files["model.safetensors"].tensors == {"a": ("F32", (2, 3)), "b": ("F32", (5,))}
-        assert found.size == sum(path.stat().st_size for path in checkpoint.rglob("*.*") if "manifest" not in path.name)
+        sizes = {name: entry.size for name, entry in found.files.items()}
+        assert sizes == {name: (checkpoint / name).stat().st_size for name in found.files}
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -174,7 +175,8 @@ ENTRY = {"size": 0, "xxh3_64": ["0" * 16], "tensors": None}
         ({"step": "7"}, "'7' where a number must be"),
         ({"versions": {"torch": 2}}, "has versions that are no text"),
         ({"more": 1}, "has an item that is not files, is_resumable, step, versions, world_size"),
-        ({"format": 3}, "has format 3, and this hf_cwd reads format 2: resume with the version of hf_cwd that saved"),
+        ({"format": 3}, "has format 3, of a newer hf_cwd, and this one reads format 2: resume with the version of hf"),
+        ({"format": 1}, "has format 1, of an older hf_cwd, and this one reads format 2: resume with the version of hf"),
         ({"format": "1"}, "has no format"),
     ],
 )

@@ -8,6 +8,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from trl import DPOConfig, GRPOConfig, SFTConfig, TrlParser
 
 from hf_cwd import CWDArgumentsMixin, CWDTrainer, CWDTrainingArguments
+from hf_cwd.trainer.resuming import verify_mode
 
 from .conftest import tiny_llama
 
@@ -98,6 +99,11 @@ def test_a_trainer_s_own_file_loads(arguments, tmp_path):
             "cwd_log='off' contradicts cwd_log=groups in --optim_args: give one of them",
         ),
         ({"cwd_log": "off", "optim": "adamw_torch"}, "cwd_log='off' has no effect on optim='adamw_torch'"),
+        (
+            {"cwd_verify": "off", "optim_args": "cwd_verify=fast"},
+            "cwd_verify='off' contradicts cwd_verify=fast in --optim_args: give one of them",
+        ),
+        ({"optim_args": "cwd_verify=never"}, "cwd_verify='never' is not valid"),
     ],
 )
 def test_mistakes(options, message, tmp_path):
@@ -108,6 +114,24 @@ def test_mistakes(options, message, tmp_path):
 def test_the_same_twice_is_no_contradiction(tmp_path):
     args = made(CWDTrainingArguments, tmp_path, cwd_log="off", optim_args="cwd_log=off")
     assert args.optim_args == "cwd_log=off"
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, "full"),
+        ({"optim_args": "cwd_verify=fast"}, "fast"),
+        ({"cwd_verify": "off"}, "off"),
+        ({"cwd_verify": "off", "optim_args": "mask=gt,cwd_verify=off"}, "off"),
+        ({"cwd_verify": "fast", "optim": "adamw_torch"}, "fast"),  # beside optimizers=
+        ({"optim": "adamw_torch"}, "full"),
+    ],
+    ids=str,
+)
+def test_how_checkpoints_are_compared(options, mode, tmp_path):
+    assert verify_mode(made(CWDTrainingArguments, tmp_path, **options)) == mode
+    if "cwd_verify" not in options:  # as other arguments say it
+        assert verify_mode(TrainingArguments(str(tmp_path), use_cpu=True, **{"optim": "cwd_adamw", **options})) == mode
 
 
 def test_the_other_order_of_bases():

@@ -1,6 +1,7 @@
 """cwd/* in the logs of the plain Trainer."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -196,6 +197,38 @@ def test_what_is_not_finite_ends_the_run(arguments, algorithm):
     args = arguments(optim=f"cwd_{algorithm}", max_grad_norm=0.0)  # clipping would spread it
     with pytest.raises(RuntimeError, match=r"step 2: not finite: .* of model.layers.1.mlp.up_proj.weight\."):
         train(args, callbacks=[Breaks()])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"logging_nan_inf_filter": False},
+            "step 2: not finite: weights, updates or optimizer states of model.layers.1",
+        ),
+        (
+            {"optim_args": "cwd_log=off"},
+            "step 3: the log has grad_norm nan. Weights and states that it has reached stay",
+        ),
+    ],
+    ids=str,
+)
+def test_who_asks_for_such_numbers_or_none_of_ours_is_warned_once(arguments, caplog, options, said):
+    args = arguments(optim="cwd_adamw", logging_steps=1, max_steps=5, **options)
+    for _ in range(2):  # each run
+        caplog.clear()
+        trainer = train(args, callbacks=[Breaks()])
+        assert trainer.state.global_step == 5
+        (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING" and r.name == "hf_cwd"]
+        assert warning.startswith(said)
+        assert warning.endswith("gradient clipping (--max_grad_norm)")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert any(map(math.isnan, losses)) == ("logging_nan_inf_filter" in options), "the Trainer's filter hides it"
+
+
+def test_an_ordinary_run_without_our_logs_is_not_warned(arguments, caplog):
+    train(arguments(optim="cwd_adamw", logging_steps=1, optim_args="cwd_log=off"))
+    assert [r for r in caplog.records if r.levelname == "WARNING" and r.name == "hf_cwd"] == []
 
 
 def test_a_step_that_was_left_out_has_no_numbers(arguments):

@@ -149,6 +149,45 @@ def test_flags_that_a_resumed_run_does_not_follow(arguments, caplog):
     assert {group["mask"] for group in trainer.optimizer.param_groups} == {"ge"}, "it says the truth"
 
 
+class LayerwiseTrainer(Trainer):
+    """Its groups have rates of their own, of which none is the flag's."""
+
+    def create_optimizer(self, model=None):
+        vectors, matrices = ([p for p in self.model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (0, 1))
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        rate = options.pop("lr")
+        groups = [{"params": matrices, "lr": rate / 10}, {"params": vectors, "lr": rate * 2, "weight_decay": 0.0}]
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+
+def test_groups_with_their_own_rates_are_resumed_without_a_word(arguments, caplog):
+    options = {"optim": "cwd_adamw", "save_strategy": "steps", "save_steps": 2}
+    make(arguments(**options), LayerwiseTrainer).train()
+    checkpoint = str(Path(arguments().output_dir) / "checkpoint-2")
+    make(arguments(**options), LayerwiseTrainer).train(resume_from_checkpoint=checkpoint)
+    assert warned(caplog) == []
+    make(arguments(**options, learning_rate=0.1), LayerwiseTrainer).train(resume_from_checkpoint=checkpoint)
+    (warning,) = warned(caplog)
+    assert (
+        "cwd_adamw keeps the hyper-parameters of its checkpoint, whatever the flags say now: lr=0.001, not 0.01; "
+        in warning
+    )
+    assert "lr=0.02, not 0.2. To change them" in warning
+
+
+def test_a_given_optimizer_s_settings_that_its_checkpoint_overrules(arguments, caplog):
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    for decay in (0.1, 0.3):
+        model = tiny_llama()
+        ours = CWDLion(model.parameters(), lr=1e-3, weight_decay=decay)
+        checkpoint = str(Path(arguments().output_dir) / "checkpoint-2") if decay == 0.3 else None
+        make(arguments(**options), model=model, optimizers=(ours, None)).train(resume_from_checkpoint=checkpoint)
+    (warning,) = warned(caplog)
+    assert "the resumed cwd_lion keeps the hyper-parameters of its checkpoint" in warning
+    assert "weight_decay=0.1, not 0.3" in warning
+
+
 def test_a_resumed_run_keeps_its_decay(arguments, caplog):
     """Though norms and biases have the one that is asked for now."""
     options = {"optim": "cwd_adamw", "save_strategy": "steps", "save_steps": 2}
