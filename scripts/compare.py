@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pretrain
-from lm_args import UsageError
 from transformers import TrainerCallback
+from usage import UsageError
 
 from hf_cwd.report import page
 from hf_cwd.report.figures import figures

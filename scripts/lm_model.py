@@ -2,15 +2,18 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
-from lm_args import LanguageModelArguments, ModelArguments, UsageError
+from lm_args import LanguageModelArguments, ModelArguments
 from lm_data import train_tokenizer
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from usage import UsageError, told, writing
 
 
 def load_config(args: ModelArguments):
@@ -19,7 +22,8 @@ def load_config(args: ModelArguments):
     if name.endswith(".json") and not Path(name).is_file():
         raise UsageError(f"--config_name {name}: no such file")
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
+    flag = "--config_name" if args.config_name else "--model_name_or_path"
+    config = read_config(name, flag, trust_remote_code=args.trust_remote_code, **hub)
     if not args.config_overrides:
         return config
     changes = {}
@@ -32,7 +36,16 @@ def load_config(args: ModelArguments):
         changes[key] = _typed(key, text, getattr(config, key))
     # Built anew from what is written in the file: fields derived from others (head_dim) must follow the changes.
     written, _ = type(config).get_config_dict(name, **hub)
-    return type(config).from_dict({**written, **changes})
+    with told(f"--config_overrides {args.config_overrides}"):
+        return type(config).from_dict({**written, **changes})
+
+
+def read_config(name: str, flag: str, **options: Any):
+    """A model's configuration, or the UsageError that says what `name`, the value of `flag`, is instead."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"{flag} {name}: the directory has no config.json, so that it is no model's")
+    with told(f"{flag} {name} is no configuration", "Give a model's config.json, its directory or its Hub id"):
+        return AutoConfig.from_pretrained(name, **options)
 
 
 def _typed(key: str, text: str, current):
@@ -55,14 +68,26 @@ def load_tokenizer(args: LanguageModelArguments, training: TrainingArguments, do
         name = args.tokenizer_name or own
         if name.endswith(".json"):
             raise UsageError(f"{name} names no tokenizer: give --tokenizer_name or --train_tokenizer_vocab_size")
-        return AutoTokenizer.from_pretrained(name, revision=args.model_revision if name == own else "main", **hub)
+        return read_tokenizer(name, revision=args.model_revision if name == own else "main", **hub)
     folder = str(Path(training.output_dir) / "tokenizer")
     everywhere = training.save_on_each_node  # else the nodes share the directory, and only one process may write
     with training.main_process_first(local=everywhere, desc="train the tokenizer"):
         if (training.local_process_index if everywhere else training.process_index) == 0:
             tokenizer = train_tokenizer(documents, text_column=text_column, vocab_size=args.train_tokenizer_vocab_size)
-            tokenizer.save_pretrained(folder)
+            with writing(training.output_dir):
+                tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def read_tokenizer(name: str, **options: Any):
+    """A tokenizer, or the UsageError that says why there is none under this name."""
+    with told(
+        f"{name} has no tokenizer that can be read", "Give a directory or Hub id that has one, or mend its files"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where the files are not there
+        raise UsageError(f"{name} has no tokenizer: give a directory or Hub id that has one")
+    return tokenizer
 
 
 def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, **pretrained: Any):
@@ -74,14 +99,38 @@ def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, *
     options = {"config": config, "dtype": dtype, "trust_remote_code": args.trust_remote_code}
     cut = _cut()
     if args.config_name is not None:
-        model = auto.from_config(**options)
+        with told(f"--config_name {args.config_name} makes no model of this kind"):
+            model = auto.from_config(**options)
         if cut:  # only from_pretrained cuts; every process made the same weights, and keeps its part
             model = type(model).from_pretrained(
                 None, config=model.config, dtype=model.dtype, state_dict=model.state_dict(), **cut
             )
         return model
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    return auto.from_pretrained(args.model_name_or_path, **options, **hub, **cut, **pretrained)
+    return read_weights(auto.from_pretrained, args.model_name_or_path, **options, **hub, **cut, **pretrained)
+
+
+def read_weights(from_pretrained: Callable, name: str, **options: Any) -> nn.Module:
+    """A model with its weights, once they are known to be its own; a new head may be missing.
+
+    transformers makes new weights in the place of those that it does not find, and only warns.
+    """
+    with told(f"--model_name_or_path {name} has no weights that can be read", "Copy it again, or give another model"):
+        model, found = from_pretrained(name, output_loading_info=True, **options)
+    body = getattr(model, model.base_model_prefix, None)
+    head = model.get_output_embeddings() if body is None else None
+    own = {parameter for parameter, _ in (model if body is None else body).named_parameters()}
+    if body is not None:
+        own = {f"{model.base_model_prefix}.{parameter}" for parameter in own}
+    elif head is not None:
+        own -= {n for n, p in model.named_parameters() if any(p is q for q in head.parameters())}
+    new = sorted(own & ({*found["missing_keys"]} | {key[0] for key in found["mismatched_keys"]}))
+    if new:
+        raise UsageError(
+            f"--model_name_or_path {name} has not the weights of a {type(model).__name__}: of {len(own)} it lacks "
+            f"{len(new)}, such as {new[0]}. Give a directory whose config.json and weights belong together"
+        )
+    return model
 
 
 def _cut() -> dict[str, DistributedConfig]:

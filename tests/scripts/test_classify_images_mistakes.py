@@ -9,7 +9,7 @@ import classify_images
 import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from lm_args import UsageError
+from usage import UsageError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/classify_images.py"
 

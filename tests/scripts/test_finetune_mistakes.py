@@ -8,8 +8,8 @@ from pathlib import Path
 
 import finetune
 import pytest
-from lm_args import UsageError
 from material import TEMPLATE, assistant, user
+from usage import UsageError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/finetune.py"
 

@@ -13,10 +13,10 @@ import pretrain
 import pytest
 import torch
 from datasets import Dataset
-from lm_args import UsageError
 from lm_data import train_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/pretrain.py"
