@@ -210,6 +210,6 @@ def find_checkpoint(args: TrainingArguments) -> str | bool | None:
         return True
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise UsageError(
-            f"--resume_from_checkpoint {wanted}: it is no checkpoint of the Trainer, such as OUTPUT_DIR/checkpoint-100"
+            f"--resume_from_checkpoint {wanted} is no checkpoint of the Trainer, such as OUTPUT_DIR/checkpoint-100"
         )
     return wanted

@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *sys.version_info*) echo "${FAKE_VERSION:-3.12}" ;;
+  *importlib.metadata*) [[ ! -f "${0%/*}/installed-from" ]] || cat "${0%/*}/installed-from" ;;
+  *compare_args.py*) exec "$REAL_PYTHON" "$@" ;;
   "-m pip --version") [[ -f "${0%/*}/pip-is-here" ]] ;;
   "-m venv --clear "*) rm -rf "$4" && mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && touch "$4/bin/pip-is-here" ;;&
+  "-m pip install "*" -e "*) status="${FAKE_PIP:-0}"; ((status)) || pwd >"${0%/*}/installed-from" ;;&
   "-m pip install "*) status="${FAKE_PIP:-0}" ;;&
   "-m ruff check "*) status="${FAKE_RUFF:-0}" ;;&
   "-m pytest"*) status="${FAKE_PYTEST:-0}" ;;&
