@@ -12,16 +12,18 @@ transformers' `run_image_classification.py`; every flag of TrainingArguments wor
 come first. It needs pillow, not torchvision.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import transformers
 from images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
 from lm_args import ModelArguments, ScriptArguments, find_checkpoint, flag, parse_flags
 from lm_model import load_config, load_model
 from run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
-from usage import UsageError, command, told
+from usage import UsageError, command, in_words, told
 
 try:
     from transformers import ViTImageProcessorPil as ViTImageProcessor
@@ -88,6 +90,22 @@ def load_processor(args: ImageModelArguments, config):
     return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 
+def check_images(config, trust_remote_code: bool, *parts: Images) -> None:
+    """Refuses a processor whose images have a size that the model does not take; what it takes, its forward says."""
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    for part in parts:
+        shape = part[0]["pixel_values"].shape
+        try:
+            with contextlib.suppress(RuntimeError):  # of a model that needs more than shapes
+                model(pixel_values=torch.empty(1, *shape, device="meta"))
+        except ValueError as error:
+            raise UsageError(
+                f"the image processor makes images of {' x '.join(map(str, shape))}, which the model does not take: "
+                f"{in_words(error)} Give another --image_processor_name, or --config_overrides image_size={shape[-1]}"
+            ) from error
+
+
 def accuracy(training: TrainingArguments):
     """`compute_metrics` for argmax predictions."""
     metric = load_accuracy(training)
@@ -120,6 +138,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
     seed(training)
     mismatch = {"ignore_mismatched_sizes": model_args.ignore_mismatched_sizes}
     model = load_model(model_args, config, AutoModelForImageClassification, **mismatch)
+    check_images(config, model_args.trust_remote_code, train, validation)
     with told("the Trainer takes no such flags"):
         trainer = trainer_class(Trainer, training)(
             model=model,

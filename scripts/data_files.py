@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import datasets
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
-from usage import UsageError, reason, told
+from usage import UsageError, reason, told, writing
 
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".bz2": b"BZh", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -40,9 +41,14 @@ def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
         if head.startswith(codecs.BOM_UTF8) and suffix == ".txt":
             options["encoding"] = "utf-8-sig"
     try:
-        rows = load_dataset(LOADERS[suffix], data_files=_pattern(path), split="train", cache_dir=cache_dir, **options)
+        with writing(cache_dir or datasets.config.HF_DATASETS_CACHE, "--cache_dir"):
+            rows = load_dataset(
+                LOADERS[suffix], data_files=_pattern(path), split="train", cache_dir=cache_dir, **options
+            )
         for column in rows.data.columns:
             column.validate(full=True)  # JSON and Parquet are read without a look at whether texts are UTF-8
+    except UsageError:
+        raise
     except Exception as error:  # pyarrow's, pandas', fsspec's and those of `datasets`, which documents none of them
         fault = _fault(path, suffix) or f"{reason(error).rstrip('.')}. Mend the file"
         raise UsageError(f"{path} cannot be read: {fault}") from error
@@ -86,7 +92,7 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _head(path: str) -> bytes:
-    with told(f"{path} is cut off or damaged", "Copy or make it again"), _opened(path) as file:
+    with told(f"{path} cannot be read", "Copy or make it again"), _opened(path) as file:
         head = file.read(HEAD)
     if not head.removeprefix(codecs.BOM_UTF8).strip():
         raise UsageError(f"{path} is empty: give a file with text in it")

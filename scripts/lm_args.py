@@ -19,16 +19,20 @@ from usage import TRACEBACK, OneLineErrors, UsageError, check_writable, told
 from hf_cwd import CWDArgumentsMixin  # registers the cwd_* names, before a parser lists the choices of --optim
 from hf_cwd.trainer.naming import chosen, names
 
-# The least value of flags that nothing else checks before the model is loaded.
-LEAST = {
-    **dict.fromkeys(("max_train_samples", "max_eval_samples", "preprocessing_num_workers"), 1),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), 1),
-    **dict.fromkeys(("block_size", "max_length"), 2),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"), 0),
-    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
+# The least and the greatest value of flags that nothing else checks before the model is loaded.
+COUNT, INDEX, SHARE, ANY = (1, None), (0, 2**32 - 1), (0, 1), (0, None)
+LIMITS = {
+    **dict.fromkeys(("max_train_samples", "max_eval_samples", "preprocessing_num_workers"), COUNT),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), COUNT),
+    **dict.fromkeys(("block_size", "max_length"), (2, None)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), ANY),
+    **dict.fromkeys(("dataloader_num_workers", "neftune_noise_alpha"), ANY),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),
+    **dict.fromkeys(("seed", "data_seed"), INDEX),
 }
+POSITIVE = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+NAMES = ("_name", "_file", "_dir", "_path")  # how flags end that an empty value is no value of
 
 
 def flag(help_text: str, default=None, **metadata):
@@ -131,7 +135,9 @@ def parse_flags(argv: Sequence[str] | None, kinds: tuple[type, ...], description
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UsageError(f"unknown arguments: {' '.join(unknown)}; see --help")
-    check_numbers(vars(values))
+    check_values(vars(values))
+    if values.cache_dir is not None:
+        check_writable(values.cache_dir, "--cache_dir")
     with told("wrong flags"):
         parsed = [
             kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind) if f.init}) for kind in kinds
@@ -140,23 +146,48 @@ def parse_flags(argv: Sequence[str] | None, kinds: tuple[type, ...], description
     return parsed
 
 
-def check_numbers(values: dict[str, Any]) -> None:
-    """Refuses numbers that are none, or less than :data:`LEAST`."""
+def check_values(values: dict[str, Any]) -> None:
+    """Refuses numbers that are none, or out of their limits, and texts that are not what they must be."""
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{name} {value}: give a finite number")
-        if value is not None and name in LEAST and value < LEAST[name]:
-            raise UsageError(f"--{name} {value}: give {LEAST[name]} or more")
+        if isinstance(value, str):
+            _check_text(name, value)
+        elif isinstance(value, int | float):
+            _check_number(name, value)
     if values["max_steps"] < 1 and values["max_steps"] != -1:
         raise UsageError(f"--max_steps {values['max_steps']}: give 1 or more, or -1 to train for --num_train_epochs")
-    if values["max_steps"] == -1 and values["num_train_epochs"] <= 0:
-        raise UsageError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0")
+
+
+def _check_text(name: str, value: str) -> None:
+    if name.endswith(NAMES) and name != "run_name" and not value.strip():
+        raise UsageError(f"--{name} is empty: give a name, or leave it out")
+    if value.startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"--{name} {value} is no JSON: {error}") from error
+
+
+def _check_number(name: str, value: float) -> None:
+    least, most = LIMITS.get(name, (None, None))
+    if not math.isfinite(value):
+        raise UsageError(f"--{name} {value}: give a finite number")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise UsageError(
+            f"--{name} {value}: give {least} or more" if most is None else f"--{name} {value}: give {least} to {most}"
+        )
+    if name in POSITIVE and value <= 0:
+        raise UsageError(f"--{name} {value}: give more than 0")
 
 
 def check_training(training: TrainingArguments) -> None:
-    """Refuses a directory that cannot be written, and a flag of hf_cwd's beside an optimizer that is not."""
+    """Refuses a directory that cannot be written, and flags that the optimizer cannot heed."""
     check_writable(training.output_dir)
-    if chosen(training) not in names() and training.cwd_not_finite != "stop":
+    if chosen(training) in names():
+        return
+    parts = training.optim_args.split(",") if training.optim_args else []
+    if any(part.count("=") != 1 for part in parts):
+        raise UsageError(f"--optim_args {training.optim_args}: write key=value,key=value")
+    if training.cwd_not_finite != "stop":
         raise UsageError(
             f"--cwd_not_finite {training.cwd_not_finite} has no effect on --optim {chosen(training)}, which is not of "
             f"hf_cwd: leave it out, or give one of {', '.join(names())}"
@@ -183,7 +214,7 @@ def _flags_of_file(path: str) -> list[str]:
     """A file of arguments as flags, so that its values are read and checked as those of the command line."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file of arguments")
-    with told(f"{path} cannot be read as YAML", "Give a mapping of argument names to values"):
+    with told(f"{path} cannot be read", "Give a mapping of argument names to values"):
         text = Path(path).read_text(encoding="utf-8-sig")
         values = yaml.safe_load(text)
         # As written, for YAML's types are not ours: `save_strategy: no` would be False, `learning_rate: 1e-3` a string.

@@ -19,8 +19,6 @@ from usage import UsageError, told, writing
 def load_config(args: ModelArguments):
     """The configuration of the model to build, with the overrides in place."""
     name = args.config_name or args.model_name_or_path
-    if name.endswith(".json") and not Path(name).is_file():
-        raise UsageError(f"--config_name {name}: no such file")
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     flag = "--config_name" if args.config_name else "--model_name_or_path"
     config = read_config(name, flag, trust_remote_code=args.trust_remote_code, **hub)
@@ -42,8 +40,11 @@ def load_config(args: ModelArguments):
 
 def read_config(name: str, flag: str, **options: Any):
     """A model's configuration, or the UsageError that says what `name`, the value of `flag`, is instead."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{flag} {name}: the directory has no config.json, so that it is no model's")
+    path = Path(name)
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1):
+        raise UsageError(f"{flag} {name}: no such file or directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"{flag} {name}: the directory has no config.json. Give a model's own directory")
     with told(f"{flag} {name} is no configuration", "Give a model's config.json, its directory or its Hub id"):
         return AutoConfig.from_pretrained(name, **options)
 
@@ -110,27 +111,36 @@ def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, *
     return read_weights(auto.from_pretrained, args.model_name_or_path, **options, **hub, **cut, **pretrained)
 
 
-def read_weights(from_pretrained: Callable, name: str, **options: Any) -> nn.Module:
-    """A model with its weights, once they are known to be its own; a new head may be missing.
+def read_weights(
+    from_pretrained: Callable, name: str, *, ignore_mismatched_sizes: bool = False, **options: Any
+) -> nn.Module:
+    """A model with its weights, once they are known to be its own; a head may be missing, and is then a new one.
 
     transformers makes new weights in the place of those that it does not find, and only warns.
+
+    Args:
+        ignore_mismatched_sizes: a head may be of another size, too.
     """
     with told(f"--model_name_or_path {name} has no weights that can be read", "Copy it again, or give another model"):
-        model, found = from_pretrained(name, output_loading_info=True, **options)
-    body = getattr(model, model.base_model_prefix, None)
-    head = model.get_output_embeddings() if body is None else None
-    own = {parameter for parameter, _ in (model if body is None else body).named_parameters()}
-    if body is not None:
-        own = {f"{model.base_model_prefix}.{parameter}" for parameter in own}
-    elif head is not None:
-        own -= {n for n, p in model.named_parameters() if any(p is q for q in head.parameters())}
-    new = sorted(own & ({*found["missing_keys"]} | {key[0] for key in found["mismatched_keys"]}))
-    if new:
-        raise UsageError(
-            f"--model_name_or_path {name} has not the weights of a {type(model).__name__}: of {len(own)} it lacks "
-            f"{len(new)}, such as {new[0]}. Give a directory whose config.json and weights belong together"
-        )
+        model, found = from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    body, what = _body(model), f"--model_name_or_path {name} has not the weights of a {type(model).__name__}"
+    fix = "Give a directory whose config.json and weights belong together"
+    for key, saved, made in sorted(found["mismatched_keys"]):
+        if key in body or not ignore_mismatched_sizes:
+            raise UsageError(f"{what}: its {key} is {[*saved]}, and should be {[*made]}. {fix}")
+    if new := sorted(body & {*found["missing_keys"]}):
+        raise UsageError(f"{what}: of {len(body)} it lacks {len(new)}, such as {new[0]}. {fix}")
     return model
+
+
+def _body(model: nn.Module) -> set[str]:
+    """The names of the parameters that a model has beside its head."""
+    prefix = f"{model.base_model_prefix}."
+    if hasattr(model, model.base_model_prefix):
+        return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+    head = model.get_output_embeddings()
+    outside = set() if head is None else {id(p) for p in head.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) not in outside}
 
 
 def _cut() -> dict[str, DistributedConfig]:
@@ -151,6 +161,8 @@ def _cut() -> dict[str, DistributedConfig]:
 def check_sizes(config, tokenizer, block_size: int | None) -> int:
     """The block size, once tokenizer and blocks are known to fit the model."""
     text_config = config.get_text_config()
+    if not hasattr(text_config, "vocab_size"):
+        raise UsageError(f"a {type(config).__name__} has no vocab_size: give the configuration of a language model")
     if len(tokenizer) > text_config.vocab_size:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only vocab_size {text_config.vocab_size}: "

@@ -3,15 +3,15 @@
 import argparse
 import contextlib
 import errno
-import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 TRACEBACK = "--traceback"
-LONGEST = 400  # characters of somebody else's message
+LONGEST = 240  # characters of somebody else's message
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 # How safetensors, tokenizers and torch.save tell the same, without an errno.
 DISK_TEXT = re.compile(r"os error \d+|No space left on device|File too large|PytorchStreamWriter failed")
@@ -81,14 +81,15 @@ def writing(directory: str | Path, flag: str = "--output_dir") -> Iterator[None]
 
 
 def check_writable(directory: str | Path, flag: str = "--output_dir") -> None:
-    """Refuses a directory in which nothing can be written, as far as that is known without writing."""
-    path = Path(directory)
-    with writing(directory, flag):
-        there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise UsageError(f"{flag} {directory}: {there} is a file. Give a directory, or remove the file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {directory}: {there} is read-only. Give another directory")
+    """Refuses a directory in which nothing can be made; of what is not there yet, the nearest that is."""
+    path = Path(directory).absolute()
+    try:
+        there = next(each for each in (path, *path.parents) if each.exists())
+        if not there.is_dir():
+            raise UsageError(f"{flag} {directory}: {there} is a file. Give a directory, or remove the file")
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise UsageError(f"{flag} {directory} cannot be written: {in_words(error)}. Give another directory") from error
 
 
 def _of_the_disk(error: BaseException | None) -> str | None:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from datasets import Dataset
 from lm_data import train_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/pretrain.py"
@@ -172,56 +170,3 @@ def test_two_processes(trained, workspace, flags):
     assert metrics["train_tokens"] == 2 * 2 * 4 * 64
     assert metrics["eval_token_accuracy"] == pytest.approx(trained[1]["eval_token_accuracy"], abs=1e-3)
     assert metrics["eval_loss"] == pytest.approx(trained[1]["eval_loss"], rel=1e-3)  # padded to whole batches a rank
-
-
-ERRORS = {
-    "no data": ({"train_file": None}, "no data.*--dataset_name and --train_file"),
-    "two data": ({"dataset_name": "x"}, "exactly one of --dataset_name and --train_file"),
-    "no file": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-    "kind of file": ({"train_file": __file__}, r"'.py'; use one of .txt, .json"),
-    "column": ({"text_column": "body"}, "'body'.*text, year"),
-    "no held-out document": ({"validation_split_percentage": 0}, "--validation_split_percentage 0"),
-    "no model": ({"config_name": None}, "exactly one of --config_name"),
-    "two models": ({"model_name_or_path": "x"}, "exactly one of --config_name"),
-    "no config": ({"config_name": "nowhere.json"}, "--config_name nowhere.json: no such file"),
-    "no tokenizer": ({"train_tokenizer_vocab_size": None}, "--tokenizer_name or --train_tokenizer_vocab_size"),
-    "two tokenizers": ({"tokenizer_name": "x"}, "only one of --tokenizer_name"),
-    "small vocabulary": ({"train_tokenizer_vocab_size": 200}, "200.*at least 257"),
-    "large vocabulary": ({"train_tokenizer_vocab_size": 600}, "600 tokens.*512.*--config_overrides vocab_size=600"),
-    "override of nothing": ({"config_overrides": "hidden=8"}, "hidden=8.*a field of LlamaConfig"),
-    "override's type": ({"config_overrides": "hidden_size=big"}, "hidden_size=big: expected a value like 32"),
-    "override without =": ({"config_overrides": "hidden_size"}, "'hidden_size': expected NAME=VALUE"),
-    "long blocks": ({"block_size": 128}, "--block_size 128.*2 to 64.*max_position_embeddings=128"),
-    "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
-    "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "nowhere is no checkpoint"),
-    "unknown flag": ({"blok_size": 3}, "--blok_size 3"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
-def test_mistakes(workspace, flags, changes, message):
-    with pytest.raises(UsageError, match=message):
-        pretrain.main(flags(output_dir=workspace / "mistakes", **changes))
-
-
-def test_too_little_data(workspace, flags):
-    short = workspace / "short.txt"
-    short.write_text("We the people\n" * 3)
-    with pytest.raises(UsageError, match="5 % of 3 documents is no document"):
-        pretrain.main(flags(train_file=short))
-    with pytest.raises(
-        UsageError, match="training documents hold fewer tokens than one block of 64: lower --block_size"
-    ):
-        pretrain.main(flags(train_file=short, validation_file=short))
-
-
-def test_overrides_belong_to_a_config(flags):
-    with pytest.raises(UsageError, match="--config_overrides changes a --config_name"):
-        pretrain.main(flags(config_name=None, model_name_or_path="x", config_overrides="hidden_size=8"))
-
-
-def test_command_line_tells_a_mistake_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(tmp_path / "nowhere.yaml")])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stop.value.code == f"pretrain.py: error: {tmp_path / 'nowhere.yaml'}: no such file of arguments"
