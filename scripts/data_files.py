@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import datasets
 import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from usage import UsageError, reason, told, writing
 
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -36,10 +36,7 @@ def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
         with told(f"{path} is no Parquet file, or is cut off", "Make it again"):
             pyarrow.parquet.read_schema(path)
     else:
-        head = _head(path)
-        _check_text(path, head)
-        if head.startswith(codecs.BOM_UTF8) and suffix == ".txt":
-            options["encoding"] = "utf-8-sig"
+        _check_head(path)
     try:
         with writing(cache_dir or datasets.config.HF_DATASETS_CACHE, "--cache_dir"):
             rows = load_dataset(
@@ -52,7 +49,16 @@ def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
     except Exception as error:  # pyarrow's, pandas', fsspec's and those of `datasets`, which documents none of them
         fault = _fault(path, suffix) or f"{reason(error).rstrip('.')}. Mend the file"
         raise UsageError(f"{path} cannot be read: {fault}") from error
-    return rows
+    return _without_mark(rows) if suffix == ".txt" else rows
+
+
+def _without_mark(rows: Dataset) -> Dataset:
+    """Texts without the byte order mark, which the readers of JSON and CSV leave out themselves."""
+    first = rows[0]["text"]
+    if not first.startswith("\ufeff"):
+        return rows
+    first = Dataset.from_dict({"text": [first.removeprefix("\ufeff")]}, features=rows.features)
+    return concatenate_datasets([first, rows.select(range(1, len(rows)))])
 
 
 def _kind(path: str) -> str:
@@ -91,19 +97,17 @@ def _opened(path: str) -> BinaryIO:
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, None: open}[kind](path, "rb")
 
 
-def _head(path: str) -> bytes:
+def _check_head(path: str) -> None:
+    """Refuses what the first bytes show to be no text in UTF-8."""
     with told(f"{path} cannot be read", "Copy or make it again"), _opened(path) as file:
         head = file.read(HEAD)
     if not head.removeprefix(codecs.BOM_UTF8).strip():
         raise UsageError(f"{path} is empty: give a file with text in it")
-    return head
-
-
-def _check_text(path: str, head: bytes) -> None:
     found = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
     if found is None and b"\0" in head:
-        zeros = sorted((head[::2].count(0), head[1::2].count(0)))  # Latin letters in UTF-16: every second byte is one
-        found = "UTF-16" if zeros[0] < 0.1 * len(head) / 2 < 0.4 * len(head) < 2 * zeros[1] else "binary"
+        # Latin letters in UTF-16: every second byte is zero, and hardly one of the others.
+        fewer, more = sorted((head[::2].count(0), head[1::2].count(0)))
+        found = "UTF-16" if more > 0.4 * len(head) and fewer < 0.05 * len(head) else "binary"
     if found == "binary":
         raise UsageError(f"{path} is binary, and no text: give one of {', '.join(LOADERS)}, which hold text")
     if found is not None:

@@ -217,7 +217,7 @@ FILES = {
         (["timm.json"], "it needs timm: pip install timm\n"),
         (
             ["detr.json"],
-            "detr.json: the model cannot be made from its configuration: it needs timm: pip install timm\n",
+            "detr.json: the model cannot be made from its configuration: it needs timm: pip install timm",
         ),
         (["cut_adapter"], "cut_adapter is no PEFT adapter that can be read: "),
         (["adapter"], "missing.json: there is no such file or directory"),
