@@ -2,7 +2,6 @@
 
 import bz2
 import codecs
-import glob
 import gzip
 import importlib
 import itertools
@@ -74,11 +73,6 @@ def _kind(path: str) -> str:
     if suffix not in LOADERS:
         raise UsageError(f"{path}: unknown kind of file {suffix!r}; use one of {', '.join(LOADERS)}")
     return suffix
-
-
-def _pattern(path: str) -> str:
-    """A pattern that only this path matches; names may have glob characters."""
-    return glob.escape(str(Path(path).absolute()))
 
 
 def _opened(path: str) -> BinaryIO:

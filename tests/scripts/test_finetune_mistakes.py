@@ -31,7 +31,7 @@ ERRORS = {
     "output is a file": ({"output_dir": __file__}, "--output_dir .*py is a file. Give a directory"),
     "no model there": (
         {"model_name_or_path": "/no/where"},
-        "--model_name_or_path /no/where: no such file or directory",
+        "--model_name_or_path /no/where: no such file",
     ),
     "no Hub id": ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere is no configuration"),
     "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),

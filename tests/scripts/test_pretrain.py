@@ -14,7 +14,9 @@ import torch
 from datasets import Dataset
 from lm_data import train_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+
+from hf_cwd import CWDTrainerMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/pretrain.py"
@@ -170,3 +172,76 @@ def test_two_processes(trained, workspace, flags):
     assert metrics["train_tokens"] == 2 * 2 * 4 * 64
     assert metrics["eval_token_accuracy"] == pytest.approx(trained[1]["eval_token_accuracy"], abs=1e-3)
     assert metrics["eval_loss"] == pytest.approx(trained[1]["eval_loss"], rel=1e-3)  # padded to whole batches a rank
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.fixture(scope="module")
+def trained_by_torch(workspace, flags):
+    output = workspace / "trained by torch"
+    pretrain.main(flags(output_dir=output, optim="adamw_torch"))
+    return output
+
+
+class Start(TrainerCallback):
+    """The step that training begins at."""
+
+    def on_train_begin(self, args, state, control, **others):
+        self.step = state.global_step
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("optim", ["cwd_adamw", "adamw_torch"])
+def test_the_newest_whole_checkpoint_is_taken_and_the_other_named(
+    optim, name, trained, trained_by_torch, flags, tmp_path, capfd
+):
+    """Damaged by a kill, or by a copy that broke off."""
+    whole = trained[0] if optim == "cwd_adamw" else trained_by_torch
+    output = shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    cut(output / "checkpoint-6" / name)
+    start = Start()
+    capfd.readouterr()
+    pretrain.main(flags(output_dir=output, optim=optim, resume_from_checkpoint="true"), [start])
+    assert start.step == 3
+    said = capfd.readouterr().err
+    assert re.search(rf"skipped: .*checkpoint-6 .*{re.escape(name)}", said), said
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, output))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_checkpoints_that_do_not_do(trained, trained_by_torch, flags, refused, tmp_path):
+    for optim, whole in (("cwd_adamw", trained[0]), ("adamw_torch", trained_by_torch)):
+        checkpoint = shutil.copytree(whole / "checkpoint-6", tmp_path / optim / "checkpoint-6")
+        options = {"output_dir": tmp_path / optim, "optim": optim, "max_steps": 8}
+        argv = flags(resume_from_checkpoint=checkpoint, **options)
+        other = refused(
+            pretrain, flags(resume_from_checkpoint=checkpoint, config_overrides="hidden_size=48", **options)
+        )
+        assert other.startswith(f"{checkpoint} has other weights than this model: ")
+        assert other.endswith("Give the model that it was saved with")
+        cut(checkpoint / "model.safetensors")
+        line = refused(pretrain, argv)
+        assert str(checkpoint) in line
+        assert "model.safetensors" in line
+        none = refused(pretrain, flags(resume_from_checkpoint="true", **options))
+        assert f"no checkpoint in {tmp_path / optim} can be resumed from" in none
+        assert "model.safetensors" in none
+
+
+def test_a_checkpoint_of_another_rule(trained, flags, refused, tmp_path):
+    checkpoint = trained[0] / "checkpoint-6"
+    argv = flags(output_dir=tmp_path, optim="cwd_lion", resume_from_checkpoint=checkpoint, max_steps=8)
+    assert "on_rule_change=reset" in refused(pretrain, argv)
+
+
+@pytest.mark.parametrize(("optim", "is_ours"), [("cwd_sgd", True), ("adafactor", False)])
+def test_an_optimizer_of_ours_has_cwd_trainer_s_guards(optim, is_ours, flags, monkeypatch, tmp_path):
+    made = []
+    original = Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, *args, **kwargs: made.append(self) or original(self, *args, **kwargs)
+    )
+    pretrain.main(flags(output_dir=tmp_path, optim=optim, max_steps=1, save_strategy="no"))
+    assert isinstance(made[0], CWDTrainerMixin) is is_ours
