@@ -36,11 +36,13 @@ def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
             pyarrow.parquet.read_schema(path)
     else:
         _check_head(path)
+    options |= {
+        "data_files": glob.escape(str(Path(path).absolute())),
+        "cache_dir": cache_dir,
+    }  # names may have a * or [
     try:
         with writing(cache_dir or datasets.config.HF_DATASETS_CACHE, "--cache_dir"):
-            rows = load_dataset(
-                LOADERS[suffix], data_files=_pattern(path), split="train", cache_dir=cache_dir, **options
-            )
+            rows = load_dataset(LOADERS[suffix], split="train", **options)
         for column in rows.data.columns:
             column.validate(full=True)  # JSON and Parquet are read without a look at whether texts are UTF-8
     except UsageError:
