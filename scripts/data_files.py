@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import glob
 import gzip
 import importlib
 import itertools
@@ -36,10 +37,8 @@ def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
             pyarrow.parquet.read_schema(path)
     else:
         _check_head(path)
-    options |= {
-        "data_files": glob.escape(str(Path(path).absolute())),
-        "cache_dir": cache_dir,
-    }  # names may have a * or [
+    # A name may have glob characters in it.
+    options |= {"data_files": glob.escape(str(Path(path).absolute())), "cache_dir": cache_dir}
     try:
         with writing(cache_dir or datasets.config.HF_DATASETS_CACHE, "--cache_dir"):
             rows = load_dataset(LOADERS[suffix], split="train", **options)
