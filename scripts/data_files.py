@@ -5,7 +5,6 @@ import codecs
 import glob
 import gzip
 import importlib
-import itertools
 import json
 import lzma
 from collections.abc import Iterator
@@ -115,8 +114,8 @@ def _fault(path: str, suffix: str) -> str | None:
         return None
     try:
         with _opened(path) as file:
-            filled = [number for number, line in _lines(file) if not line.isspace()]
-        if suffix == ".csv" and len(filled) == 1:
+            filled = sum(not line.isspace() for line in _lines(file))
+        if suffix == ".csv" and filled == 1:
             return "it has a header and no rows. Give a file with rows"
         return next(_faulty_rows(path), None) if LOADERS[suffix] == "json" else None
     except UsageError as found:
@@ -125,10 +124,10 @@ def _fault(path: str, suffix: str) -> str | None:
         return f"it is cut off or damaged ({reason(found)}). Copy or make it again"
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
+def _lines(file: BinaryIO) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
-            yield number, line.decode()
+            yield line.decode()
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"line {number} is no UTF-8 (byte 0x{line[error.start]:02x}). If it is Latin-1, "
@@ -139,11 +138,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
 def _faulty_rows(path: str) -> Iterator[str]:
     """What is wrong with the rows of a JSON file."""
     with _opened(path) as file:
-        first = next(line for line in file if line.strip())
-        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            rows = [("it", first + file.read())]
+        start = file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+        file.seek(0)
+        if start.startswith(b"["):
+            rows = iter([("it", file.read())])
         else:
-            rows = ((f"line {number}", line) for number, line in enumerate(itertools.chain([first], file), 1))
+            rows = ((f"line {number}", line) for number, line in enumerate(file, 1))
         for where, text in rows:
             try:
                 row = json.loads(text.decode("utf-8-sig")) if text.strip() else {}
