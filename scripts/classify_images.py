@@ -12,19 +12,18 @@ transformers' `run_image_classification.py`; every flag of TrainingArguments wor
 come first. It needs pillow, not torchvision.
 """
 
-import sys
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import torch
 import transformers
 from images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
-from lm_args import ModelArguments, UsageError, find_checkpoint, flag, parse_flags
+from lm_args import ModelArguments, ScriptArguments, find_checkpoint, flag, parse_flags
 from lm_model import load_config, load_model
-from run_trainer import count, load_accuracy, run, seed, set_up_logging
+from run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
-
-import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
+from usage import UsageError, command, in_words, told
 
 try:
     from transformers import ViTImageProcessorPil as ViTImageProcessor
@@ -43,8 +42,8 @@ class ImageModelArguments(ModelArguments):
     ignore_mismatched_sizes: bool = flag("Start with a new head where --model_name_or_path has other labels.", False)
 
 
-def parse(argv: Sequence[str] | None) -> tuple[ImageModelArguments, ImageArguments, TrainingArguments]:
-    kinds = (ImageModelArguments, ImageArguments, TrainingArguments)
+def parse(argv: Sequence[str] | None) -> tuple[ImageModelArguments, ImageArguments, ScriptArguments]:
+    kinds = (ImageModelArguments, ImageArguments, ScriptArguments)
     model, data, training = parse_flags(argv, kinds, __doc__.splitlines()[0])
     model.check()
     if (data.dataset_name is None) == (data.train_dir is None):
@@ -84,10 +83,27 @@ def load_processor(args: ImageModelArguments, config):
     if name is not None:
         hub = {"cache_dir": args.cache_dir, "token": args.token, "trust_remote_code": args.trust_remote_code}
         revision = args.model_revision if name == args.model_name_or_path else "main"
-        return AutoImageProcessor.from_pretrained(name, revision=revision, **hub)
+        with told(f"{name} has no image processor that can be read", "Give another --image_processor_name"):
+            return AutoImageProcessor.from_pretrained(name, revision=revision, **hub)
     height, width = _pair(getattr(config, "image_size", 224))
     half = [0.5] * getattr(config, "num_channels", 3)
     return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def check_images(config, trust_remote_code: bool, *parts: Images) -> None:
+    """Refuses a processor whose images have a size that the model does not take; what it takes, its forward says."""
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    for part in parts:
+        shape = part[0]["pixel_values"].shape
+        try:
+            with contextlib.suppress(RuntimeError):  # of a model that needs more than shapes
+                model(pixel_values=torch.empty(1, *shape, device="meta"))
+        except ValueError as error:
+            raise UsageError(
+                f"the image processor makes images of {' x '.join(map(str, shape))}, which the model does not take: "
+                f"{in_words(error)} Give another --image_processor_name, or --config_overrides image_size={shape[-1]}"
+            ) from error
 
 
 def accuracy(training: TrainingArguments):
@@ -104,6 +120,7 @@ def accuracy(training: TrainingArguments):
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> dict:
     """Train, evaluate and save; the metrics. UsageError, a ValueError, is raised for what the caller can mend."""
     model_args, data_args, training = parse(argv)
+    check_metric(training, "loss", "accuracy")
     set_up_logging(training)
     checkpoint = find_checkpoint(training)
     config = load_config(model_args)
@@ -121,24 +138,23 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
     seed(training)
     mismatch = {"ignore_mismatched_sizes": model_args.ignore_mismatched_sizes}
     model = load_model(model_args, config, AutoModelForImageClassification, **mismatch)
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=processor,
-        data_collator=collate,
-        compute_metrics=accuracy(training),
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        callbacks=[EpochCallback(train), *callbacks],
-    )
+    check_images(config, model_args.trust_remote_code, train, validation)
+    with told("the Trainer takes no such flags"):
+        trainer = trainer_class(Trainer, training)(
+            model=model,
+            args=training,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=processor,
+            data_collator=collate,
+            compute_metrics=accuracy(training),
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+            callbacks=[EpochCallback(train), *callbacks],
+        )
     sizes = {"num_parameters": count(model), "num_labels": len(names)}
     sizes |= {"train_images": len(train), "eval_images": len(validation)}
     return run(trainer, checkpoint, lambda metrics: sizes, of_language=False)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    command(main)

@@ -7,14 +7,13 @@ script does not know goes to `pretrain.py`, so every flag of TrainingArguments w
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pretrain
-from lm_args import UsageError
+from compare_args import RECIPES, ROOT, parse
 from transformers import TrainerCallback
+from usage import command
 
 from hf_cwd.report import page
 from hf_cwd.report.figures import figures
@@ -22,53 +21,9 @@ from hf_cwd.report.measures import FRACTION
 from hf_cwd.report.read import Run, read
 from hf_cwd.trainer import record
 
-ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "scripts/corpus/sotu.jsonl.xz"
 VOCABULARY = 4096
 CAVEAT = "One small run each, with one seed, proves nothing about which of the two is better."
-
-# What a decay does in a run is about learning rate * weight decay * steps: a run of minutes needs a large one for the
-# difference to be seen. Lion's updates are signs: it wants a smaller learning rate and, for the same product, a larger
-# weight decay. Muon's updates are scaled to the size of AdamW's, whose values therefore carry over.
-RECIPES = {
-    "cwd_adamw": {"learning_rate": 3e-3, "weight_decay": 1.0, "flags": ["--adam_beta2", "0.95"]},
-    "cwd_lion": {"learning_rate": 5e-4, "weight_decay": 6.0, "flags": []},
-    "cwd_muon": {
-        "learning_rate": 3e-3,
-        "weight_decay": 1.0,
-        "flags": ["--adam_beta2", "0.95"],
-    },
-    "cwd_sgd": {"learning_rate": 0.3, "weight_decay": 0.01, "flags": [], "optim_args": "momentum=0.9"},
-}
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--optim", default="cwd_adamw", choices=RECIPES)
-    parser.add_argument("--optim_args", help="options of the optimizer, for both runs")
-    parser.add_argument("--steps", type=int, default=360, help="optimizer steps a run (%(default)s)")
-    parser.add_argument(
-        "--model", default=str(ROOT / "configs/models/llama-1m.json"), help="config: file, dir or Hub id"
-    )
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--learning_rate", type=float, help="by default the optimizer's own recipe")
-    parser.add_argument("--weight_decay", type=float, help="by default the optimizer's own recipe")
-    parser.add_argument("--output_dir", help="runs/quickstart-OPTIM by default")
-    args, rest = parser.parse_known_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: give at least 1")
-    recipe = RECIPES[args.optim]
-    args.optim_args = recipe.get("optim_args", "") if args.optim_args is None else args.optim_args
-    if "cautious" in (part.split("=")[0].strip() for part in args.optim_args.split(",")):
-        parser.error(
-            "--optim_args cautious=...: the comparison itself turns it off in the baseline and on in the other"
-        )
-    args.learning_rate = recipe["learning_rate"] if args.learning_rate is None else args.learning_rate
-    args.weight_decay = recipe["weight_decay"] if args.weight_decay is None else args.weight_decay
-    if args.weight_decay <= 0:
-        parser.error(f"--weight_decay {args.weight_decay}: give more than 0, or there is nothing to be cautious about")
-    args.output_dir = Path(args.output_dir or ROOT / f"runs/quickstart-{args.optim}")
-    return args, rest
 
 
 def optimizers(optim: str, optim_args: str) -> dict[str, tuple[str, list[str]]]:
@@ -177,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         metrics = pretrain.main([*flags, "--output_dir", str(folders[-1])], [Record()])
         numbers = summarise(*read(folders[-1:]), metrics, plain=name == "baseline")
         runs[name] = {"label": label, "flags": flags, **numbers}
-    report, numbers = page.write(folders, args.output_dir / "report"), args.output_dir / "summary.json"
+    report, numbers = page.write(read(folders), args.output_dir / "report"), args.output_dir / "summary.json"
     summary = {"runs": runs, "seconds": time.perf_counter() - started, "report": "report/report.html", "note": CAVEAT}
     numbers.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(runs)}\n\n{CAVEAT}")
@@ -187,7 +142,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    command(main)

@@ -1,7 +1,14 @@
-# Sourced by quickstart and test. Sets $root (the project) and $python (an interpreter with everything installed).
+# Sourced by quickstart, test, launch_local and gpu_check. Sets $root, the project; the rest is functions, for a script
+# reads its arguments before it calls set_up, which installs.
 set -euo pipefail
 
 root="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# A mistake of the caller's ends a script with one line and 2; what fails on the way ends it with 1.
+refuse() {
+  echo "${0##*/}: error: $*" >&2
+  exit 2
+}
 
 fail() {
   echo "$*" >&2
@@ -32,33 +39,65 @@ find_python() {
   fail "Python 3.11 or newer is needed and ${found:-no Python} was found: install one, or name one with PYTHON=/path/to/python3."
 }
 
-# Sets $environment and $python: the active virtual environment, else .venv in the project, made where it is missing.
+# Sets $environment and $python: the active virtual environment, else .venv in the project, which may not be there yet.
 find_environment() {
   local version
-  if [[ -n "${VIRTUAL_ENV:-}" ]]; then
-    environment="$VIRTUAL_ENV" python="$VIRTUAL_ENV/bin/python"
-    version="$(version_of "$python")" || fail "The active virtual environment $VIRTUAL_ENV has no working Python: deactivate it."
-    new_enough "$version" || fail "Python 3.11 or newer is needed and the active virtual environment has $version: deactivate it."
-    return
-  fi
-  environment="$root/.venv" python="$root/.venv/bin/python"
-  # pip comes last when an environment is made: without it the making was interrupted.
-  if ! "$python" -m pip --version >/dev/null 2>&1; then
-    find_python
-    "$base" -m venv --clear "$environment" || fail "$base could not make the virtual environment $environment."
-  fi
+  environment="${VIRTUAL_ENV:-$root/.venv}"
+  python="$environment/bin/python"
+  [[ -n "${VIRTUAL_ENV:-}" ]] || return 0
+  version="$(version_of "$python")" || fail "The active virtual environment $environment has no working Python: deactivate it."
+  new_enough "$version" || fail "Python 3.11 or newer is needed and the active virtual environment has $version: deactivate it."
 }
 
-# Installs what is pinned, unless this environment already holds it for this project.
-install() {
-  local stamp="$environment/.hf_cwd_installed" wanted torch started=$SECONDS
+# The directory that hf_cwd was installed from in this environment; nothing where it is not there, or from an index.
+installed_from() {
+  "$python" -I -c '
+import importlib.metadata, json, urllib.parse
+try:
+    source = json.loads(importlib.metadata.distribution("hf_cwd").read_text("direct_url.json") or "{}")
+except importlib.metadata.PackageNotFoundError:
+    source = {}
+if source.get("url", "").startswith("file:"):
+    print(urllib.parse.unquote(urllib.parse.urlsplit(source["url"]).path))' 2>/dev/null
+}
+
+# Whether the environment is the project's own: .venv itself, and no link to that of another project.
+is_own() {
+  [[ "$(cd -P -- "$environment" 2>/dev/null && pwd)" == "$(cd -P -- "$root" && pwd)/.venv" ]] || [[ ! -e "$environment" ]]
+}
+
+# Refuses to install into an environment that was not made here, unless HF_CWD_INSTALL=yes allows it, or did before; and,
+# also then, into one in which another clone is installed.
+check_environment() {
+  local other
+  is_own && return
+  other="$(installed_from)" || true
+  if [[ -d "$other" && ! "$other" -ef "$root" ]]; then
+    refuse "$environment has hf_cwd installed from $other, and would no longer see it: deactivate that environment, or uninstall hf_cwd there first ($python -m pip uninstall hf_cwd)."
+  fi
+  [[ "${HF_CWD_INSTALL:-}" == yes || "$1" == *" $root" ]] ||
+    refuse "this would install $torch and -e '$root[scripts,test]' with constraints.txt into $environment, which was not made here: allow it by HF_CWD_INSTALL=yes, or deactivate that environment, and $root/.venv is made."
+}
+
+# Makes the environment where it is missing, and installs what is pinned unless it already holds it for this project.
+set_up() {
+  local stamp wanted torch found="" started=$SECONDS
+  find_environment
+  stamp="$environment/.hf_cwd_installed"
   wanted="$(cat -- "$root/setup.py" "$root/constraints.txt" | cksum) $root"
-  if [[ -f "$stamp" && "$(cat -- "$stamp")" == "$wanted" ]]; then
+  [[ ! -f "$stamp" ]] || found="$(cat -- "$stamp")"
+  if [[ "$found" == "$wanted" && "$(installed_from)" -ef "$root" ]]; then
     echo "Already installed in $environment."
     return
   fi
-  echo "Installing into $environment (a few minutes the first time) ..."
   torch="$(grep '^torch==' "$root/constraints.txt")"
+  check_environment "$found"
+  # pip comes last when an environment is made: without it the making was interrupted.
+  if [[ -z "${VIRTUAL_ENV:-}" ]] && ! "$python" -m pip --version >/dev/null 2>&1; then
+    find_python
+    "$base" -m venv --clear "$environment" || fail "$base could not make the virtual environment $environment."
+  fi
+  echo "Installing into $environment (a few minutes the first time) ..."
   rm -f -- "$stamp"
   # From the project's directory, so that no path with spaces meets pip's parser; torch first and alone: see constraints.txt.
   (
@@ -69,6 +108,3 @@ install() {
   echo "$wanted" >"$stamp"
   echo "Installed in $((SECONDS - started)) s."
 }
-
-find_environment
-install

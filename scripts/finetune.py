@@ -10,20 +10,20 @@ SFTConfig (TrainingArguments and its own) and ModelConfig works; a .json or .yam
 `perplexity` is exp(`eval_loss`), and that the mean over batches of the mean over their tokens.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import transformers
+from accelerate import DistributedType
 from ft_args import parse
 from ft_rows import load_parts
-from lm_args import UsageError, find_checkpoint
+from lm_args import find_checkpoint
 from lm_data import first
-from run_trainer import count, run, set_up_logging
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from lm_model import read_config, read_tokenizer, read_weights
+from run_trainer import check_metric, count, run, seed, set_up_logging, trainer_class
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
-
-import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
+from trl.trainer.utils import create_model_from_path
+from usage import UsageError, command, told
 
 HELP = """Fine-tune a causal language model, all of it or by LoRA (--use_peft), with TRL's SFTTrainer and any --optim.
 Rows are chats ('messages'), 'prompt' and 'completion' (texts or messages; the loss is on the completion), or 'text'; a
@@ -35,7 +35,8 @@ Rows are chats ('messages'), 'prompt' and 'completion' (texts or messages; the l
 def load_tokenizer(model: ModelConfig, training: SFTConfig, *, is_chat: bool) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, once it is known to serve the rows."""
     name, remote = model.model_name_or_path, training.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision, trust_remote_code=remote)
+    config = read_config(name, "--model_name_or_path", revision=model.model_revision, trust_remote_code=remote)
+    tokenizer = read_tokenizer(name, revision=model.model_revision, trust_remote_code=remote)
     if is_chat and tokenizer.chat_template is None and training.chat_template_path is None:
         raise UsageError(
             f"the rows are chats, and the tokenizer of {name} has no chat template: give --chat_template_path, "
@@ -43,31 +44,47 @@ def load_tokenizer(model: ModelConfig, training: SFTConfig, *, is_chat: bool) ->
         )
     if tokenizer.eos_token is None and training.eos_token is None:
         raise UsageError(f"the tokenizer of {name} has no EOS token to end a row with: give --eos_token")
-    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=remote)
+    if training.eos_token is not None and training.eos_token not in tokenizer.get_vocab():
+        raise UsageError(f"--eos_token {training.eos_token}: the tokenizer of {name} has no such token")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or training.max_length
-    if training.max_length > positions:
+    if training.max_length is not None and training.max_length > positions:
         raise UsageError(f"--max_length {training.max_length}: the model has {positions} positions, give at most that")
     return tokenizer
+
+
+def load_model(model: ModelConfig, training: SFTConfig) -> PreTrainedModel:
+    """The model as SFTTrainer would load it by its name, once its weights are known to be there."""
+    options = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    options |= {"trust_remote_code": training.trust_remote_code, **(training.model_init_kwargs or {})}
+    if training.distributed_state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
+        options["device_map"] = None
+    if (quantization := get_quantization_config(model)) is not None:
+        options["quantization_config"] = quantization
+    training.model_init_kwargs = None
+    return read_weights(create_model_from_path, model.model_name_or_path, **options)
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> dict:
     """Train, evaluate and save; the metrics. UsageError, a ValueError, is raised for what the caller can mend."""
     data, model, training = parse(argv, HELP)
+    check_metric(training, "loss")
     set_up_logging(training)
     checkpoint = find_checkpoint(training)
     with training.main_process_first(desc="load the rows"):
         train, validation, is_chat = load_parts(data, text_field=training.dataset_text_field)
     tokenizer = load_tokenizer(model, training, is_chat=is_chat)
-    trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=first(train, data.max_train_samples),
-        eval_dataset=first(validation, data.max_eval_samples),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-        callbacks=list(callbacks),
-    )
+    seed(training)
+    weights = load_model(model, training)
+    with told("the Trainer takes no such flags, or rows"):
+        trainer = trainer_class(SFTTrainer, training)(
+            model=weights,
+            args=training,
+            train_dataset=first(train, data.max_train_samples),
+            eval_dataset=first(validation, data.max_eval_samples),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model),
+            callbacks=list(callbacks),
+        )
     for part, rows in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset)):
         if len(rows) == 0:
             raise UsageError(
@@ -79,7 +96,4 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    command(main)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lm_args import SourceArguments, UsageError, check_source, flag, parse_flags
+from lm_args import AnyOptimizer, SourceArguments, check_source, flag, parse_flags
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig
+from usage import UsageError
 
 ADAPTER_FLAGS = ("lora_", "use_", "load_in_", "bnb_")  # how TRL's names begin of what only matters with --use_peft
 
@@ -18,10 +19,15 @@ class FinetuneArguments(SourceArguments):
     cache_dir: str | None = flag("Where the data and its tokens are cached.")
 
 
-def parse(argv: Sequence[str] | None, description: str) -> tuple[FinetuneArguments, ModelConfig, SFTConfig]:
+@dataclass
+class TuningArguments(AnyOptimizer, SFTConfig):
+    """SFTConfig with the fields of hf_cwd."""
+
+
+def parse(argv: Sequence[str] | None, description: str) -> tuple[FinetuneArguments, ModelConfig, TuningArguments]:
     # TRL's default is true everywhere: on a CPU that trains slower, and in less precision than was asked for.
     defaults = {} if is_torch_bf16_gpu_available() else {"bf16": False}
-    kinds = (FinetuneArguments, ModelConfig, SFTConfig)
+    kinds = (FinetuneArguments, ModelConfig, TuningArguments)
     data, model, training = parse_flags(argv, kinds, description, **defaults)
     if model.model_name_or_path is None:
         raise UsageError("no model: give --model_name_or_path, a directory or Hub id")
@@ -30,12 +36,6 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[FinetuneArgumen
     template = training.chat_template_path or ""
     if template.endswith((".jinja", ".j2")) and not Path(template).is_file():
         raise UsageError(f"--chat_template_path {template}: no such file")
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(training.model_init_kwargs or {}),
-    }
     return data, model, training
 
 
@@ -43,6 +43,8 @@ def _check_adapter(model: ModelConfig) -> None:
     if model.use_peft:
         if model.lora_r < 1:
             raise UsageError(f"--lora_r {model.lora_r}: the rank is a number from 1")
+        if not 0 <= model.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout {model.lora_dropout}: give a number from 0 to less than 1")
         return
     names = [field.name for field in fields(ModelConfig) if field.name.startswith(ADAPTER_FLAGS)]
     changed = [f"--{name}" for name in names if getattr(model, name) != getattr(ModelConfig(), name)]

@@ -2,8 +2,8 @@
 
 from datasets import Dataset
 from ft_args import FinetuneArguments
-from lm_args import UsageError
 from lm_data import hold_out, load_rows
+from usage import UsageError
 
 # TRL knows the formats by these names; the first one that the data has is taken. Its ShareGPT (`conversations`) is left
 # out: TRL keeps the roles `human` and `gpt`, which no model's chat template knows.

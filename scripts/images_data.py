@@ -10,9 +10,10 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from lm_args import SourceArguments, UsageError, flag
+from lm_args import SourceArguments, flag
 from lm_data import hold_out, load_rows
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from usage import UsageError
 
 # What torchvision's ImageFolder takes for images, and .gif.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}

@@ -2,26 +2,15 @@
 
 from pathlib import Path
 
+from data_files import load_file
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from datasets.fingerprint import Hasher
-from lm_args import DataArguments, SourceArguments, UsageError
+from lm_args import DataArguments, SourceArguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from usage import UsageError, told
 
-LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSIONS = {".xz", ".gz", ".bz2", ".zst"}
 END_OF_TEXT = "<|endoftext|>"
-
-
-def load_file(path: str, *, sample_by: str, cache_dir: str | None) -> Dataset:
-    """One text, JSON(L), CSV or Parquet file, compressed or not, as a dataset with one row a document."""
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; --train_file and --validation_file take the path of a file")
-    suffix = next((s for s in reversed(Path(path).suffixes) if s not in COMPRESSIONS), "")
-    if suffix not in LOADERS:
-        raise UsageError(f"{path}: unknown kind of file {suffix!r}; use one of {', '.join(LOADERS)}")
-    options = {"sample_by": sample_by} if LOADERS[suffix] == "text" else {}
-    return load_dataset(LOADERS[suffix], data_files=path, split="train", cache_dir=cache_dir, **options)
 
 
 def load_rows(args: SourceArguments, *, cache_dir: str | None, token: str | None) -> tuple[Dataset, Dataset | None]:
@@ -38,13 +27,27 @@ def load_rows(args: SourceArguments, *, cache_dir: str | None, token: str | None
 def load_documents(args: DataArguments, *, cache_dir: str | None, token: str | None) -> tuple[Dataset, Dataset]:
     """Training and held-out documents; where the data has no validation part, whole documents are held out."""
     train, validation = load_rows(args, cache_dir=cache_dir, token=token)
-    for part in (train, validation):
-        if part is not None and args.text_column not in part.column_names:
-            columns = ", ".join(part.column_names)
-            raise UsageError(f"no column {args.text_column!r} in the data; choose --text_column from: {columns}")
+    _check_texts(train, args.text_column, args.dataset_name or args.train_file)
+    if validation is not None:
+        _check_texts(validation, args.text_column, args.validation_file or args.dataset_name)
     if validation is None:
         train, validation = hold_out(train, percentage=args.validation_split_percentage)
     return train, validation
+
+
+def _check_texts(rows: Dataset, column: str, source: str) -> None:
+    if column not in rows.column_names:
+        columns = ", ".join(rows.column_names)
+        raise UsageError(f"{source} has no column {column!r}; choose --text_column from: {columns}")
+    if rows.features[column] not in (Value("string"), Value("large_string")):
+        values = enumerate(rows[column])
+        odd = next(
+            (f"row {i} is {value!r}" for i, value in values if value is not None and type(value) is not str), None
+        )
+        raise UsageError(
+            f"{source} has no texts in column {column!r} ({odd or 'it is empty'}): write them as texts, or choose "
+            f"--text_column from: {', '.join(rows.column_names)}"
+        )
 
 
 def first(rows: Dataset, number: int | None) -> Dataset:
@@ -54,11 +57,14 @@ def first(rows: Dataset, number: int | None) -> Dataset:
 
 def _load_named(name: str, config: str | None, *, cache_dir: str | None, token: str | None):
     saved = Path(name) / "dataset_dict.json", Path(name) / "dataset_info.json"
-    if any(path.is_file() for path in saved):  # written by save_to_disk, which load_dataset does not read
-        splits = load_from_disk(name)
-        splits = DatasetDict(train=splits) if isinstance(splits, Dataset) else splits
-    else:
-        splits = load_dataset(name, config, cache_dir=cache_dir, token=token)
+    if Path(name).is_file():
+        raise UsageError(f"--dataset_name {name} is a file: give it by --train_file")
+    with told(f"--dataset_name {name} cannot be read", "Give a directory with data files, or a Hub id"):
+        if any(path.is_file() for path in saved):  # written by save_to_disk, which load_dataset does not read
+            splits = load_from_disk(name)
+            splits = DatasetDict(train=splits) if isinstance(splits, Dataset) else splits
+        else:
+            splits = load_dataset(name, config, cache_dir=cache_dir, token=token)
     if "train" not in splits:
         raise UsageError(f"--dataset_name {name} has no split 'train', only {', '.join(splits)}")
     return splits["train"], splits.get("validation")

@@ -2,24 +2,26 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
-from lm_args import LanguageModelArguments, ModelArguments, UsageError
+from lm_args import LanguageModelArguments, ModelArguments
 from lm_data import train_tokenizer
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from usage import UsageError, told, writing
 
 
 def load_config(args: ModelArguments):
     """The configuration of the model to build, with the overrides in place."""
     name = args.config_name or args.model_name_or_path
-    if name.endswith(".json") and not Path(name).is_file():
-        raise UsageError(f"--config_name {name}: no such file")
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
+    flag = "--config_name" if args.config_name else "--model_name_or_path"
+    config = read_config(name, flag, trust_remote_code=args.trust_remote_code, **hub)
     if not args.config_overrides:
         return config
     changes = {}
@@ -32,7 +34,19 @@ def load_config(args: ModelArguments):
         changes[key] = _typed(key, text, getattr(config, key))
     # Built anew from what is written in the file: fields derived from others (head_dim) must follow the changes.
     written, _ = type(config).get_config_dict(name, **hub)
-    return type(config).from_dict({**written, **changes})
+    with told(f"--config_overrides {args.config_overrides}"):
+        return type(config).from_dict({**written, **changes})
+
+
+def read_config(name: str, flag: str, **options: Any):
+    """A model's configuration, or the UsageError that says what `name`, the value of `flag`, is instead."""
+    path = Path(name)
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1):
+        raise UsageError(f"{flag} {name}: no such file or directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"{flag} {name}: the directory has no config.json. Give a model's own directory")
+    with told(f"{flag} {name} is no configuration", "Give a model's config.json, its directory or its Hub id"):
+        return AutoConfig.from_pretrained(name, **options)
 
 
 def _typed(key: str, text: str, current):
@@ -55,14 +69,26 @@ def load_tokenizer(args: LanguageModelArguments, training: TrainingArguments, do
         name = args.tokenizer_name or own
         if name.endswith(".json"):
             raise UsageError(f"{name} names no tokenizer: give --tokenizer_name or --train_tokenizer_vocab_size")
-        return AutoTokenizer.from_pretrained(name, revision=args.model_revision if name == own else "main", **hub)
+        return read_tokenizer(name, revision=args.model_revision if name == own else "main", **hub)
     folder = str(Path(training.output_dir) / "tokenizer")
     everywhere = training.save_on_each_node  # else the nodes share the directory, and only one process may write
     with training.main_process_first(local=everywhere, desc="train the tokenizer"):
         if (training.local_process_index if everywhere else training.process_index) == 0:
             tokenizer = train_tokenizer(documents, text_column=text_column, vocab_size=args.train_tokenizer_vocab_size)
-            tokenizer.save_pretrained(folder)
+            with writing(training.output_dir):
+                tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def read_tokenizer(name: str, **options: Any):
+    """A tokenizer, or the UsageError that says why there is none under this name."""
+    with told(
+        f"{name} has no tokenizer that can be read", "Give a directory or Hub id that has one, or mend its files"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where the files are not there
+        raise UsageError(f"{name} has no tokenizer: give a directory or Hub id that has one")
+    return tokenizer
 
 
 def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, **pretrained: Any):
@@ -74,14 +100,47 @@ def load_model(args: ModelArguments, config, auto: Any = AutoModelForCausalLM, *
     options = {"config": config, "dtype": dtype, "trust_remote_code": args.trust_remote_code}
     cut = _cut()
     if args.config_name is not None:
-        model = auto.from_config(**options)
+        with told(f"--config_name {args.config_name} makes no model of this kind"):
+            model = auto.from_config(**options)
         if cut:  # only from_pretrained cuts; every process made the same weights, and keeps its part
             model = type(model).from_pretrained(
                 None, config=model.config, dtype=model.dtype, state_dict=model.state_dict(), **cut
             )
         return model
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    return auto.from_pretrained(args.model_name_or_path, **options, **hub, **cut, **pretrained)
+    return read_weights(auto.from_pretrained, args.model_name_or_path, **options, **hub, **cut, **pretrained)
+
+
+def read_weights(
+    from_pretrained: Callable, name: str, *, ignore_mismatched_sizes: bool = False, **options: Any
+) -> nn.Module:
+    """A model with its weights, once they are known to be its own; a head may be missing, and is then a new one.
+
+    transformers makes new weights in the place of those that it does not find, and only warns.
+
+    Args:
+        ignore_mismatched_sizes: a head may be of another size, too.
+    """
+    with told(f"--model_name_or_path {name} has no weights that can be read", "Copy it again, or give another model"):
+        model, found = from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    body, what = _body(model), f"--model_name_or_path {name} has not the weights of a {type(model).__name__}"
+    fix = "Give a directory whose config.json and weights belong together"
+    for key, saved, made in sorted(found["mismatched_keys"]):
+        if key in body or not ignore_mismatched_sizes:
+            raise UsageError(f"{what}: its {key} is {[*saved]}, and should be {[*made]}. {fix}")
+    if new := sorted(body & {*found["missing_keys"]}):
+        raise UsageError(f"{what}: of {len(body)} it lacks {len(new)}, such as {new[0]}. {fix}")
+    return model
+
+
+def _body(model: nn.Module) -> set[str]:
+    """The names of the parameters that a model has beside its head."""
+    prefix = f"{model.base_model_prefix}."
+    if hasattr(model, model.base_model_prefix):
+        return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+    head = model.get_output_embeddings()
+    outside = set() if head is None else {id(p) for p in head.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) not in outside}
 
 
 def _cut() -> dict[str, DistributedConfig]:
@@ -102,6 +161,8 @@ def _cut() -> dict[str, DistributedConfig]:
 def check_sizes(config, tokenizer, block_size: int | None) -> int:
     """The block size, once tokenizer and blocks are known to fit the model."""
     text_config = config.get_text_config()
+    if not hasattr(text_config, "vocab_size"):
+        raise UsageError(f"a {type(config).__name__} has no vocab_size: give the configuration of a language model")
     if len(tokenizer) > text_config.vocab_size:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only vocab_size {text_config.vocab_size}: "

@@ -12,19 +12,17 @@ It always trains, then evaluates on the held-out documents and saves the model. 
 """
 
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from lm_args import UsageError, find_checkpoint, parse
+from lm_args import find_checkpoint, parse
 from lm_data import first, load_documents, pack
 from lm_model import check_sizes, load_config, load_model, load_tokenizer
-from run_trainer import count, load_accuracy, run, seed, set_up_logging
-from transformers import Trainer, TrainerState, TrainingArguments
-
-import hf_cwd  # noqa: F401  registers the cwd_* names, before the argument parser lists the choices of --optim
+from run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from usage import command, told
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -44,6 +42,17 @@ def token_accuracy(training: TrainingArguments):
     return compute
 
 
+class FirstStep(TrainerCallback):
+    """The step that training goes on from."""
+
+    step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step
+
+
 def trained_tokens(trainer: Trainer, first_step: int, block_size: int) -> int:
     """Tokens of the steps after `first_step`, over all ranks; an epoch's last batch may be a short one."""
     batch, rows = trainer.get_total_train_batch_size(trainer.args), len(trainer.train_dataset)
@@ -60,9 +69,9 @@ def trained_tokens(trainer: Trainer, first_step: int, block_size: int) -> int:
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> dict:
     """Train, evaluate and save; the metrics. UsageError, a ValueError, is raised for what the caller can mend."""
     model_args, data_args, training = parse(argv, __doc__.splitlines()[0])
+    check_metric(training, "loss", "token_accuracy")
     set_up_logging(training)
-    checkpoint = find_checkpoint(training)
-    first_step = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json").global_step if checkpoint else 0
+    checkpoint, start = find_checkpoint(training), FirstStep()
     config = load_config(model_args)
     with training.main_process_first(desc="load the documents"):
         documents = load_documents(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
@@ -78,20 +87,21 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
     seed(training)
     model = load_model(model_args, config)
     parameters = count(model)
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=collate,
-        compute_metrics=token_accuracy(training),
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # the logits would not fit in memory
-        callbacks=list(callbacks),
-    )
+    with told("the Trainer takes no such flags"):
+        trainer = trainer_class(Trainer, training)(
+            model=model,
+            args=training,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            data_collator=collate,
+            compute_metrics=token_accuracy(training),
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # which would not fit in memory
+            callbacks=[start, *callbacks],
+        )
 
     def more(metrics: dict[str, float]) -> dict[str, float]:
-        tokens = trained_tokens(trainer, first_step, block_size)
+        tokens = trained_tokens(trainer, start.step, block_size)
         speed = {"train_tokens": tokens, "train_tokens_per_second": tokens / metrics["train_runtime"]}
         return {**speed, "num_parameters": parameters, "train_blocks": len(train), "eval_blocks": len(validation)}
 
@@ -99,7 +109,4 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[transformers.Tra
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    command(main)

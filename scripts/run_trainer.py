@@ -1,4 +1,4 @@
-"""What the training scripts do alike: logging, a run from its checkpoint to its results, and the metric."""
+"""What the training scripts do alike: logging, a Trainer, a run from its checkpoint to its results, and the metric."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
@@ -13,6 +14,12 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
+from usage import UsageError, in_words, told, writing
+
+from hf_cwd import CWDTrainerMixin
+from hf_cwd.checkpoint.storage import Storage
+from hf_cwd.trainer.naming import chosen, names
+from hf_cwd.trainer.resuming import chosen_checkpoint
 
 METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
 
@@ -42,6 +49,51 @@ def count(model: nn.Module, *, trainable: bool = False) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trainable)
 
 
+class Explained:
+    """Makes a Trainer say in one line which flag was wrong, where a library finds it out late."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with told(f"--optim {chosen(self.args)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with told(f"{checkpoint} has other weights than this model", "Give the model that it was saved with"):
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with told(f"{checkpoint} has states that --optim {chosen(self.args)} cannot go on from"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def trainer_class(base: type[Trainer], training: TrainingArguments) -> type[Trainer]:
+    """`base` with what CWDTrainer adds to it, where the optimizer is one of hf_cwd."""
+    mixins = (Explained, CWDTrainerMixin) if chosen(training) in names() else (Explained,)
+    return type(base.__name__, (*mixins, base), {})
+
+
+def check_metric(training: TrainingArguments, *metrics: str) -> None:
+    """Refuses a --metric_for_best_model that no evaluation will have; the Trainer finds out at the first one."""
+    wanted = training.metric_for_best_model
+    known = (*metrics, "runtime", "samples_per_second", "steps_per_second")
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise UsageError(f"--metric_for_best_model {wanted}: give one of {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What hf_cwd refuses in the block is in words for the caller already, and becomes a UsageError as it is."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        raised_in = trace.tb_frame.f_globals["__name__"]
+        if isinstance(error, UsageError) or not raised_in.startswith(("hf_cwd.trainer.", "hf_cwd.checkpoint.")):
+            raise
+        raise UsageError(in_words(error)) from error
+
+
 @contextlib.contextmanager
 def own_names(model: nn.Module) -> Iterator[None]:
     """Checkpoints hold the model's weights by the names that they have in it, as the Trainer reads them on a resume.
@@ -62,7 +114,7 @@ def own_names(model: nn.Module) -> Iterator[None]:
 
 def run(
     trainer: Trainer,
-    checkpoint: str | None,
+    checkpoint: str | bool | None,
     more: Callable[[dict[str, float]], dict[str, float]],
     *,
     of_language: bool = True,
@@ -70,22 +122,29 @@ def run(
     """Trains, saves the model, evaluates, and writes and returns the metrics.
 
     Args:
-        checkpoint: directory to resume from.
+        checkpoint: directory to resume from; True for the newest in the output directory that is whole.
         more: gets the metrics of training and gives those to add to them.
         of_language: the loss is one of tokens, and its exponential the perplexity.
-    """
-    with own_names(trainer.model):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics |= more(metrics)
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
 
-    evaluation = trainer.evaluate()
-    if of_language:
-        loss = evaluation["eval_loss"]
-        evaluation["perplexity"] = math.exp(loss) if loss < 700 else math.inf  # e^710 overflows
-    trainer.log_metrics("eval", evaluation)
-    trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
+    Raises:
+        UsageError: see :func:`chosen_checkpoint`, :func:`refusals` and :func:`writing`.
+    """
+    with writing(trainer.args.output_dir), refusals():
+        if checkpoint is not None and not isinstance(trainer, CWDTrainerMixin):  # which looks at it by itself
+            storage = Storage(trainer.args.output_dir, is_probed=False)
+            checkpoint = chosen_checkpoint(storage, checkpoint, mode=trainer.args.cwd_verify)
+        with own_names(trainer.model):
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics |= more(metrics)
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+
+        evaluation = trainer.evaluate()
+        if of_language:
+            loss = evaluation["eval_loss"]
+            evaluation["perplexity"] = math.exp(loss) if loss < 700 else math.inf  # e^710 overflows
+        trainer.log_metrics("eval", evaluation)
+        trainer.save_metrics("eval", evaluation)
+        trainer.save_state()
     return metrics | evaluation

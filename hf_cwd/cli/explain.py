@@ -4,8 +4,9 @@ With ``--layout`` also what a step costs each rank of a parallel run.
 """
 
 import argparse
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,29 +94,54 @@ def load(name: str, *, model_class: str | None = None, trust_remote_code: bool =
     """The model of a configuration, of a directory, or of a Hub id, on the meta device.
 
     Raises:
-        ValueError: there is none, or transformers has no such class.
+        ValueError: there is none, or transformers cannot make it.
     """
     import transformers
 
-    if (Path(name) / "adapter_config.json").is_file():
+    path = Path(name)
+    if (path / "adapter_config.json").is_file():
         return _with_adapter(name, model_class=model_class, trust_remote_code=trust_remote_code)
-    try:
+    # A Hub id has one slash at most, and no such beginning or end.
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1):
+        raise ValueError(f"{name}: there is no such file or directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{name}: the directory has no config.json, nor an adapter_config.json")
+    with _refusing(f"{name!r} is no configuration, model directory or Hub id that can be read"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{name!r} is no configuration, model directory or Hub id that can be read: {str(error).splitlines()[0]}"
-        ) from None
+    with _refusing(f"{name}: the model cannot be made from its configuration"), torch.device("meta"):
+        return _made(config, model_class, trust_remote_code)
+
+
+def _made(config: Any, model_class: str | None, trust_remote_code: bool) -> nn.Module:
+    import transformers
+
     model_class = model_class or next(iter(config.architectures or ()), None)
-    with torch.device("meta"):
-        if model_class is not None and hasattr(transformers, model_class):
-            return getattr(transformers, model_class)(config)
-        if model_class is not None and not hasattr(config, "auto_map"):
-            raise ValueError(f"transformers {transformers.__version__} has no {model_class}: name one by --model_class")
-        for task in AUTO_CLASSES:
-            auto = getattr(transformers, f"AutoModelFor{task}")
-            if type(config) in auto._model_mapping or f"AutoModelFor{task}" in getattr(config, "auto_map", {}):
-                return auto.from_config(config, trust_remote_code=trust_remote_code)
-        return transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    if model_class is not None and hasattr(transformers, model_class):
+        return getattr(transformers, model_class)(config)
+    if model_class is not None and not hasattr(config, "auto_map"):
+        raise ValueError(f"transformers {transformers.__version__} has no {model_class}: name one by --model_class")
+    for task in AUTO_CLASSES:
+        auto = getattr(transformers, f"AutoModelFor{task}")
+        if type(config) in auto._model_mapping or f"AutoModelFor{task}" in getattr(config, "auto_map", {}):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    return transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Any error in the block, which other people's code raises of other people's files, as a ValueError of one line."""
+    try:
+        yield
+    except ImportError as error:
+        found = re.search(r"requires the (\S+) library", str(error))
+        needs = f"needs {found[1]}: pip install {found[1]}" if found else f"needs a package: {_line(error)}"
+        raise ValueError(f"{what}: it {needs}") from error
+    except Exception as error:
+        raise ValueError(f"{what}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _with_adapter(directory: str, **options: Any) -> nn.Module:
@@ -123,10 +149,13 @@ def _with_adapter(directory: str, **options: Any) -> nn.Module:
         import peft
     except ImportError:
         raise ValueError(f"{directory} is a PEFT adapter: pip install peft") from None
-    config = peft.PeftConfig.from_pretrained(directory)
+    with _refusing(f"{directory} is no PEFT adapter that can be read"):
+        config = peft.PeftConfig.from_pretrained(directory)
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{directory}: adapter_config.json does not name the base_model_name_or_path")
     config.inference_mode = False
     model = load(config.base_model_name_or_path, **options)
-    with torch.device("meta"):
+    with _refusing(f"{directory} does not fit {config.base_model_name_or_path}"), torch.device("meta"):
         return peft.get_peft_model(model, config)
 
 

@@ -1,6 +1,7 @@
 """``hf-cwd report``: what the Trainer logged, of one run or of many beside each other, as one HTML page."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -14,10 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
-        from hf_cwd.report import page
+        from hf_cwd.report import page, read
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         raise ValueError("the charts need matplotlib: pip install 'hf_cwd[report]'") from None
-    print(page.write(args.runs, Path(args.output)))
+    runs, left_out = read.read_whole(args.runs)
+    for line in left_out:
+        print(f"hf-cwd report: left out: {line}", file=sys.stderr)
+    print(page.write(runs, Path(args.output), left_out=left_out))
     return 0

@@ -12,32 +12,34 @@ from hf_cwd.report.compare import Setting, settings
 from hf_cwd.report.figures import Figure, figures, logged_keys
 from hf_cwd.report.measures import in_order, is_evaluation, measure_of, part_in_words, part_of
 from hf_cwd.report.plan import CHARTS, charts
-from hf_cwd.report.read import RECORD, Run, read
+from hf_cwd.report.read import RECORD, Run
 from hf_cwd.report.svg import COLOURS, DARK, PENS, swatch
 
 PAGE = "report.html"
 SPANS = 50  # smoothing goes over one of so many parts of the longest run
 
 
-def write(paths: Sequence[str | Path], folder: Path) -> Path:
-    """Reads the runs that `paths` name and writes their page and pictures into `folder`; the page's path.
+def write(runs: Sequence[Run], folder: Path, *, left_out: Sequence[str] = ()) -> Path:
+    """Writes the page and the pictures of some runs into `folder`; the page's path.
+
+    Args:
+        left_out: of runs that could not be read, why: the page says so.
 
     Raises:
-        ValueError: a path holds no run, or a file cannot be read or written; the message names it.
+        ValueError: a file cannot be written; the message names it.
     """
-    runs = read(paths)
     groups = settings(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw(runs, groups, folder, span=max(run.step for run in runs) / SPANS)
         page = folder / PAGE
-        page.write_text(html(runs, groups, drawn), encoding="utf-8")
+        page.write_text(html(runs, groups, drawn, left_out), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}); give another --output") from error
     return page
 
 
-def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
+def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn], left_out: Sequence[str] = ()) -> str:
     """The page, as text."""
     table = figures(runs)
     of_model, of_updates, of_speed = ([f for f in table if f.about == about] for about in ("model", "updates", "speed"))
@@ -73,7 +75,7 @@ def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn])
 {about(runs)}<nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>
-{notes(runs, groups)}{bodies}
+{notes(runs, groups, left_out)}{bodies}
 </main>
 <footer>Written by hf_cwd {hf_cwd.__version__} from the Trainer's trainer_state.json. The curves are also PNG files
 beside this page.</footer>
@@ -111,9 +113,9 @@ def about(runs: Sequence[Run]) -> str:
     return f'<p class="muted">{escape(text)}.</p>\n' if text else ""
 
 
-def notes(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
+def notes(runs: Sequence[Run], groups: Sequence[Setting], left_out: Sequence[str] = ()) -> str:
     """What a reader must know before he trusts the numbers; empty if there is nothing."""
-    found = []
+    found = [f"Left out: {line}" for line in left_out]
     for run in runs:
         found += [f"{run.name} {note}." for note in run.notes]
         if not run.finished:

@@ -61,9 +61,29 @@ def read(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
         ValueError: a path is not there, holds no run, or a file cannot be read; the message names it.
     """
+    runs, left_out = read_whole(paths)
+    if left_out:
+        raise ValueError(left_out[0])
+    return runs
+
+
+def read_whole(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+    """As :func:`read`, without the runs of which a file cannot be read; and for each of those, which and why.
+
+    Raises:
+        ValueError: a path is not there or holds no run, or none of the runs can be read.
+    """
     found = {each.resolve(): each for path in paths for each in _below(Path(os.path.abspath(path)))}
     top = os.path.commonpath([each.parent for each in found.values()])
-    return [_run(each, readable(os.path.relpath(each, top))) for each in found.values()]
+    runs, left_out = [], []
+    for each in found.values():
+        try:
+            runs.append(_run(each, readable(os.path.relpath(each, top))))
+        except ValueError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(left_out))
+    return runs, left_out
 
 
 def _below(path: Path) -> Iterator[Path]:

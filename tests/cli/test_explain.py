@@ -190,10 +190,38 @@ def test_no_exchange_for_element_wise_rules(explained, tmp_path):
     assert lines[-1].startswith("cwd_lion is element-wise: each rank steps what it holds")
 
 
+FILES = {
+    "cut.json": '{"model_type": "lla',
+    "list.json": "[1]",
+    "text.json": '{"model_type": "llama", "hidden_size": "x"}',
+    "negative.json": '{"model_type": "llama", "vocab_size": -4}',
+    "timm.json": '{"model_type": "timm_wrapper", "architecture": "resnet18"}',
+    "detr.json": '{"model_type": "detr", "use_timm_backbone": true, "backbone": "resnet50"}',
+    "cut_adapter/adapter_config.json": "{",
+    "adapter/adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "missing.json"}',
+    "no_base/adapter_config.json": '{"peft_type": "LORA"}',
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.json"], "'missing.json' is no configuration, model directory or Hub id"),
+        (["missing.json"], "missing.json: there is no such file or directory"),
+        (["./missing"], "./missing: there is no such file or directory"),
+        (["missing"], "'missing' is no configuration, model directory or Hub id that can be read: "),
+        (["empty"], "empty: the directory has no config.json, nor an adapter_config.json"),
+        (["cut.json"], "'cut.json' is no configuration, model directory or Hub id that can be read: "),
+        (["list.json"], "'list.json' is no configuration, model directory or Hub id that can be read: "),
+        (["text.json"], "Field 'hidden_size' expected int, got str (value: 'x')"),
+        (["negative.json"], "negative.json: the model cannot be made from its configuration: "),
+        (["timm.json"], "it needs timm: pip install timm\n"),
+        (
+            ["detr.json"],
+            "detr.json: the model cannot be made from its configuration: it needs timm: pip install timm",
+        ),
+        (["cut_adapter"], "cut_adapter is no PEFT adapter that can be read: "),
+        (["adapter"], "missing.json: there is no such file or directory"),
+        (["no_base"], "no_base: adapter_config.json does not name the base_model_name_or_path"),
         (["MODEL", "--optim_args", "betas=2:0.9"], "--optim_args: betas="),
         (["MODEL", "--optim_target_modules", "qproj"], "--optim_target_modules 'qproj' names no matrix"),
         (["MODEL", "--model_class", "LLama"], "has no LLama: name one by --model_class"),
@@ -204,12 +232,19 @@ def test_no_exchange_for_element_wise_rules(explained, tmp_path):
 )
 def test_wrong_use(arguments, message, monkeypatch, capsys, tmp_path):
     LlamaConfig(**TINY).save_pretrained(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
     arguments = [str(tmp_path) if argument == "MODEL" else argument for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["hf-cwd", "explain", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
 
 
 def test_without_a_matrix(monkeypatch, capsys, tmp_path):

@@ -67,6 +67,23 @@ def test_a_directory_without_a_run(tmp_path, monkeypatch, capsys):
     assert f"hf-cwd report: error: {tmp_path}: no trainer_state.json" in capsys.readouterr().err
 
 
+def test_a_truncated_run_is_left_out_with_a_line(tmp_path, monkeypatch, capsys):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
+    path = tmp_path / "cut/trainer_state.json"
+    path.write_text(path.read_text()[:-5])
+    assert command(monkeypatch, tmp_path, "--output", tmp_path / "page") == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path}/page/report.html\n"
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"hf-cwd report: left out: {path}: cannot be read as JSON")
+    with pytest.raises(SystemExit) as error:
+        command(monkeypatch, path.parent)
+    assert error.value.code == 2
+    assert f"hf-cwd report: error: {path}: cannot be read as JSON" in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
     (tmp_path / "file").touch()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hf_cwd.report import page
+from hf_cwd.report.read import read
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -50,7 +51,7 @@ class Page(HTMLParser):
 
 
 def written(paths, folder):
-    text = page.write(paths, folder).read_text(encoding="utf-8")
+    text = page.write(read(paths), folder).read_text(encoding="utf-8")
     return text, Page(text)
 
 

@@ -97,8 +97,8 @@ def test_every_colour_stands_out_from_its_paper(colours, paper):
 def test_pictures_are_not_blank_and_hold_the_legend(make_run, tmp_path):
     names = [f"a-run-with-a-name-of-some-length-{i}" for i in range(20)]
     paths = [make_run(name, logged({s: 1.0 + i / s for s in range(1, 30)})) for i, name in enumerate(names)]
-    page.write(paths[:1], tmp_path / "one")
-    page.write(paths, tmp_path / "out")
+    page.write(read(paths[:1]), tmp_path / "one")
+    page.write(read(paths), tmp_path / "out")
     one, many = (imread(tmp_path / folder / "loss.png") for folder in ("one", "out"))
     assert one[..., :3].std() > 0.01
     assert many.shape[0] > one.shape[0] + 100  # the axes keep their size, and the legend gets its own place
@@ -109,7 +109,7 @@ def test_the_legend_of_a_picture_holds_any_name(make_run, tmp_path):
     """A leading underscore, which matplotlib keeps out of legends, and a dollar sign, its mark of mathematics."""
     pictures = []
     for name in ("_one", "_two", "$x$", "$x_1$"):
-        page.write([make_run(name, logged({1: 2.0, 2: 1.0}))], tmp_path / f"out of {name}")
+        page.write(read([make_run(name, logged({1: 2.0, 2: 1.0}))]), tmp_path / f"out of {name}")
         pictures.append((tmp_path / f"out of {name}" / "loss.png").read_bytes())
     assert len(set(pictures)) == 4  # they differ in nothing else
 

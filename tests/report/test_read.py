@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
+from hf_cwd.report import page
 from hf_cwd.report.compare import differing, settings
-from hf_cwd.report.read import read
+from hf_cwd.report.read import read, read_whole
 from tests.report.conftest import logged
 
 CARD = """# model
@@ -201,3 +202,18 @@ def test_no_pickle_is_opened(make_run):
     folder = make_run("run", logged({1: 1.0}))
     (folder / "training_args.bin").mkdir()  # opening it would raise
     assert json.loads((folder / "trainer_state.json").read_text())["log_history"] == read([folder])[0].history
+
+
+def test_runs_that_cannot_be_read_are_left_out(make_run, tmp_path):
+    for name in ("a", "b", "c"):
+        make_run(f"runs/{name}", logged({1: 1.0}), record={"optim": "cwd_lion"})
+    cut = tmp_path / "runs/b/trainer_state.json", tmp_path / "runs/c/cwd_run.json"
+    for path in cut:
+        path.write_text(path.read_text()[:-9])
+    runs, left_out = read_whole([tmp_path / "runs"])
+    assert [run.name for run in runs] == ["a"]
+    assert all(line.startswith(f"{path}: cannot be read as JSON") for path, line in zip(cut, left_out, strict=True))
+    text = page.write(runs, tmp_path / "page", left_out=left_out).read_text(encoding="utf-8")
+    assert all(f"Left out: {path}: cannot be read as JSON" in text for path in cut)
+    with pytest.raises(ValueError, match=r"b.trainer_state\.json: cannot be read as JSON .*c.cwd_run\.json: cannot"):
+        read_whole([tmp_path / "runs/b", tmp_path / "runs/c"])

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))  # as f
 
 import json
 import lzma
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from digits import write
 from lm_data import train_tokenizer
 from material import LLAMA, TEMPLATE, VIT
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from usage import command
 
 ROOT = Path(__file__).resolve().parents[2]
 # For every script.
@@ -27,6 +29,26 @@ DEFAULTS = {
     "use_cpu": "true",
     "dataloader_pin_memory": "false",
 }
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """`refused(module, argv)`: the one line by which a script, run as a command, says what is wrong; it ends with 2."""
+
+    def run(module: ModuleType, argv: list[str]) -> str:
+        script = f"{module.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(module.main)
+        assert stop.value.code == 2
+        printed = capfd.readouterr().err
+        assert "Traceback" not in printed
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{script}: error: "))
+        assert printed.endswith(f"{line}\n")
+        return line.removeprefix(f"{script}: error: ")
+
+    return run
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

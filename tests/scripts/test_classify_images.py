@@ -14,10 +14,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from digits import CLASSES
-from lm_args import UsageError
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
+from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/classify_images.py"

@@ -1,24 +1,25 @@
 """classify_images.py: what it refuses, and says."""
 
-import runpy
+import re
 import shutil
-import sys
 from pathlib import Path
 
 import classify_images
+import digits as digits_script
 import PIL.Image
 import pytest
+from classify_images import ViTImageProcessor
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from lm_args import UsageError
+from usage import UsageError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/classify_images.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 ERRORS = {
     "no data": ({"train_dir": None}, "no data.*--dataset_name and --train_dir"),
     "two data": ({"dataset_name": "x"}, "exactly one of --dataset_name and --train_dir"),
     "no model": ({"config_name": None}, "exactly one of --config_name"),
     "two models": ({"model_name_or_path": "x"}, "exactly one of --config_name"),
-    "no config": ({"config_name": "nowhere.json"}, "--config_name nowhere.json: no such file"),
+    "no config": ({"config_name": "nowhere.json"}, "--config_name nowhere.json: no such file or directory"),
     "no directory": ({"train_dir": "nowhere"}, "nowhere: no such directory.*DIRECTORY/CLASS/IMAGE"),
     "no held-out directory": ({"validation_dir": "nowhere"}, "nowhere: no such directory"),
     "no classes": ({"train_dir": "{digits}/train/one"}, "train/one holds no class directories"),
@@ -28,9 +29,27 @@ ERRORS = {
     "unknown label": ({"validation_dir": "{digits}/bad/new"}, "labels that the training images lack: eleven, ten$"),
     "split": ({"validation_dir": None, "train_val_split": 0}, "--train_val_split 0.0 of 1438 images"),
     "small split": ({"validation_dir": None, "train_val_split": 1e-4}, "--train_val_split 0.0001 of 1438 images"),
-    "number": ({"max_eval_samples": 0}, "0 is no number of images"),
+    "number": ({"max_eval_samples": 0}, "--max_eval_samples 0: give 1 or more"),
     "patch": ({"config_overrides": "patch_size=16"}, "image_size 8 is smaller than patch_size 16"),
     "channels": ({"config_overrides": "num_channels=4"}, "num_channels 4: .*1 channel .* or 3"),
+    "another model": (
+        {"config_name": "{root}/configs/models/llama-1m.json"},
+        "makes no model of this kind: ",
+    ),
+    "no processor": ({"image_processor_name": "{digits}/train"}, "train has no image processor that can be read"),
+    "broken processor": (
+        {"image_processor_name": "{digits}/bad/cut"},
+        "bad/cut has no image processor ",
+    ),
+    "large processor": (
+        {"image_processor_name": "{digits}/bad/large"},
+        "images of 3 x 16 x 16, which the model does",
+    ),
+    "optimizer": ({"optim": "cwd_adamv"}, "cwd_adamv does not exist. Did you mean cwd_adamw"),
+    "metric": ({"metric_for_best_model": "f1"}, "--metric_for_best_model f1: give one of loss, accuracy"),
+    "batch": ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: give 1 or more"),
+    "output is a file": ({"output_dir": "{digits}/config.json"}, "config.json is a file. Give a directory"),
+    "negative rate": ({"learning_rate": -1}, "--learning_rate -1.0: give 0 or more"),
     "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
     "unknown flag": ({"train_folder": "x"}, "--train_folder x"),
 }
@@ -39,6 +58,9 @@ ERRORS = {
 @pytest.fixture(scope="module")
 def bad(digits):
     """Directories that hold mistakes."""
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(digits / "bad/large")
+    (digits / "bad/cut").mkdir()
+    (digits / "bad/cut/preprocessor_config.json").write_text("{")
     image = next((digits / "train/one").iterdir())
     for path in ("bad/single/one/1.png", "bad/new/one/1.png", "bad/new/ten/1.png", "bad/new/eleven/1.PNG"):
         (digits / path).parent.mkdir(parents=True)
@@ -50,10 +72,9 @@ def bad(digits):
 
 @pytest.mark.usefixtures("bad")
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
-def test_mistakes(digits, image_flags, changes, message):
-    changes = {key: value.format(digits=digits) if isinstance(value, str) else value for key, value in changes.items()}
-    with pytest.raises(UsageError, match=message):
-        classify_images.main(image_flags(output_dir=digits / "mistakes", **changes))
+def test_mistakes(digits, image_flags, refused, changes, message):
+    changes = {k: v.format(digits=digits, root=ROOT) if isinstance(v, str) else v for k, v in changes.items()}
+    assert re.search(message, refused(classify_images, image_flags(**{"output_dir": digits / "mistakes", **changes})))
 
 
 def test_overrides_belong_to_a_config(image_flags):
@@ -88,8 +109,24 @@ def test_rows_without_a_class(digits, image_flags, feature, labels, message, tmp
         classify_images.main(image_flags(train_dir=None, dataset_name=tmp_path / "rows"))
 
 
-def test_command_line_tells_a_mistake_in_one_line(monkeypatch, image_flags):
-    monkeypatch.setattr(sys, "argv", ["classify_images.py", *image_flags(train_dir="nowhere")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: DIRECTORY"),
+        (["a", "b"], "unrecognized arguments: b"),
+        (["--size", "3"], "--size"),
+        ([__file__], "is a file. Give a directory, or remove the file"),
+        (["/proc/digits"], "DIRECTORY /proc/digits cannot be written: "),
+    ],
+)
+def test_digits(arguments, message, refused):
+    assert message in refused(digits_script, arguments)
+
+
+def test_help_of_digits_makes_no_directory(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stop.value.code.startswith("classify_images.py: error: nowhere: no such directory")
+        digits_script.main(["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []

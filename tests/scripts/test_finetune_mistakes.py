@@ -1,17 +1,13 @@
 """finetune.py: what it refuses, and says."""
 
 import json
-import runpy
+import re
 import shutil
-import sys
-from pathlib import Path
 
 import finetune
 import pytest
-from lm_args import UsageError
 from material import TEMPLATE, assistant, user
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/finetune.py"
+from usage import UsageError
 
 ERRORS = {
     "no model": ({"model_name_or_path": None}, "no model: give --model_name_or_path"),
@@ -25,16 +21,28 @@ ERRORS = {
     "rank": ({"use_peft": "true", "lora_r": 0}, "--lora_r 0: the rank"),
     "long rows": ({"max_length": 128}, "--max_length 128: the model has 64 positions"),
     "no template": ({"chat_template_path": "nowhere.jinja"}, "nowhere.jinja: no such file"),
+    "rank of dropout": ({"use_peft": "true", "lora_dropout": 2}, "--lora_dropout 2.0: give a number from 0"),
+    "length": ({"max_length": 0}, "--max_length 0: give 2 or more"),
+    "no rows": ({"max_train_samples": 0}, "--max_train_samples 0: give 1 or more"),
+    "no batch": ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: give 1 or more"),
+    "optimizer's option": ({"optim_args": "foo=1"}, "--optim_args: cwd_adamw has no option 'foo'"),
+    "no end": ({"eos_token": "<end>"}, "--eos_token <end>: the tokenizer of .* has no such token"),
+    "metric": ({"metric_for_best_model": "f1"}, "--metric_for_best_model f1: give one of loss, runtime"),
+    "output is a file": ({"output_dir": __file__}, "--output_dir .*py is a file. Give a directory"),
+    "no model there": (
+        {"model_name_or_path": "/no/where"},
+        "--model_name_or_path /no/where: no such file",
+    ),
+    "no Hub id": ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere is no configuration"),
     "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
     "unknown flag": ({"lora_rank": 3}, "--lora_rank 3"),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
-def test_mistakes(arguments, monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr(finetune, "SFTTrainer", None)  # so that the model cannot have been loaded
-    with pytest.raises(UsageError, match=message):
-        finetune.main(arguments(output_dir=tmp_path, **changes))
+def test_mistakes(arguments, monkeypatch, refused, tmp_path, changes, message):
+    monkeypatch.setattr(finetune, "load_model", None)  # so that the model cannot have been loaded
+    assert re.search(message, refused(finetune, arguments(**{"output_dir": tmp_path, **changes})))
 
 
 ROWS = {
@@ -79,8 +87,21 @@ def test_tokenizers_that_do_not_serve(arguments, model, tmp_path):
         finetune.main(arguments(max_length=2, output_dir=tmp_path / "out"))
 
 
-def test_command_line_tells_a_mistake_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", str(tmp_path / "nowhere.yaml")])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stop.value.code == f"finetune.py: error: {tmp_path / 'nowhere.yaml'}: no such file of arguments"
+def test_files_are_looked_at(arguments, refused, tmp_path):
+    for name, content, message in (
+        ("a.jsonl", '{"text": "caf\xe9"}'.encode("latin1"), "line 1 is no UTF-8"),
+        ("b.jsonl.gz", b"no gzip", "is named .gz, and is not compressed so"),
+        ("c.jsonl", b"", "c.jsonl is empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert message in refused(finetune, arguments(train_file=tmp_path / name, output_dir=tmp_path / "out"))
+
+
+def test_weights_that_are_not_the_model_s(arguments, model, refused, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    argv = arguments(model_name_or_path=folder, output_dir=tmp_path / "out")
+    assert "of 29 it lacks 9, such as model.layers.2." in refused(finetune, argv)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
+    assert f"{folder} has no weights that can be read: " in refused(finetune, argv)

@@ -9,8 +9,8 @@ import torch
 from classify_images import ViTImageProcessor
 from datasets import Dataset, Features, Image
 from images_data import ImageArguments, Images, load_folder, random_resized_crop, spread
-from lm_args import UsageError
 from transformers import AutoImageProcessor
+from usage import UsageError
 
 
 def images(digits, *, seed: int | None = 0, processor=None, **options) -> Images:

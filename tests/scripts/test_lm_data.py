@@ -9,8 +9,9 @@ from pathlib import Path
 import lm_data
 import pytest
 from datasets import Dataset, DatasetDict
-from lm_args import DataArguments, UsageError
+from lm_args import DataArguments
 from transformers import AutoTokenizer
+from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {i} begins.\n\nIt ends with {i * i}." for i in range(20)]

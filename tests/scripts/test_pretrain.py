@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +13,11 @@ import pretrain
 import pytest
 import torch
 from datasets import Dataset
-from lm_args import UsageError
 from lm_data import train_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+
+from hf_cwd import CWDTrainerMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/pretrain.py"
@@ -174,54 +175,72 @@ def test_two_processes(trained, workspace, flags):
     assert metrics["eval_loss"] == pytest.approx(trained[1]["eval_loss"], rel=1e-3)  # padded to whole batches a rank
 
 
-ERRORS = {
-    "no data": ({"train_file": None}, "no data.*--dataset_name and --train_file"),
-    "two data": ({"dataset_name": "x"}, "exactly one of --dataset_name and --train_file"),
-    "no file": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-    "kind of file": ({"train_file": __file__}, r"'.py'; use one of .txt, .json"),
-    "column": ({"text_column": "body"}, "'body'.*text, year"),
-    "no held-out document": ({"validation_split_percentage": 0}, "--validation_split_percentage 0"),
-    "no model": ({"config_name": None}, "exactly one of --config_name"),
-    "two models": ({"model_name_or_path": "x"}, "exactly one of --config_name"),
-    "no config": ({"config_name": "nowhere.json"}, "--config_name nowhere.json: no such file"),
-    "no tokenizer": ({"train_tokenizer_vocab_size": None}, "--tokenizer_name or --train_tokenizer_vocab_size"),
-    "two tokenizers": ({"tokenizer_name": "x"}, "only one of --tokenizer_name"),
-    "small vocabulary": ({"train_tokenizer_vocab_size": 200}, "200.*at least 257"),
-    "large vocabulary": ({"train_tokenizer_vocab_size": 600}, "600 tokens.*512.*--config_overrides vocab_size=600"),
-    "override of nothing": ({"config_overrides": "hidden=8"}, "hidden=8.*a field of LlamaConfig"),
-    "override's type": ({"config_overrides": "hidden_size=big"}, "hidden_size=big: expected a value like 32"),
-    "override without =": ({"config_overrides": "hidden_size"}, "'hidden_size': expected NAME=VALUE"),
-    "long blocks": ({"block_size": 128}, "--block_size 128.*2 to 64.*max_position_embeddings=128"),
-    "nothing to resume": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
-    "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "nowhere is no checkpoint"),
-    "unknown flag": ({"blok_size": 3}, "--blok_size 3"),
-}
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
-def test_mistakes(workspace, flags, changes, message):
-    with pytest.raises(UsageError, match=message):
-        pretrain.main(flags(output_dir=workspace / "mistakes", **changes))
+@pytest.fixture(scope="module")
+def trained_by_torch(workspace, flags):
+    output = workspace / "trained by torch"
+    pretrain.main(flags(output_dir=output, optim="adamw_torch"))
+    return output
 
 
-def test_too_little_data(workspace, flags):
-    short = workspace / "short.txt"
-    short.write_text("We the people\n" * 3)
-    with pytest.raises(UsageError, match="5 % of 3 documents is no document"):
-        pretrain.main(flags(train_file=short))
-    with pytest.raises(
-        UsageError, match="training documents hold fewer tokens than one block of 64: lower --block_size"
-    ):
-        pretrain.main(flags(train_file=short, validation_file=short))
+class Start(TrainerCallback):
+    """The step that training begins at."""
+
+    def on_train_begin(self, args, state, control, **others):
+        self.step = state.global_step
 
 
-def test_overrides_belong_to_a_config(flags):
-    with pytest.raises(UsageError, match="--config_overrides changes a --config_name"):
-        pretrain.main(flags(config_name=None, model_name_or_path="x", config_overrides="hidden_size=8"))
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("optim", ["cwd_adamw", "adamw_torch"])
+def test_the_newest_whole_checkpoint_is_taken_and_the_other_named(
+    optim, name, trained, trained_by_torch, flags, tmp_path, caplog
+):
+    """Damaged by a kill, or by a copy that broke off."""
+    whole = trained[0] if optim == "cwd_adamw" else trained_by_torch
+    output = shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    cut(output / "checkpoint-6" / name)
+    start = Start()
+    pretrain.main(flags(output_dir=output, optim=optim, resume_from_checkpoint="true"), [start])
+    assert start.step == 3
+    assert re.search(rf"skipped: .*checkpoint-6\b.*{re.escape(name)}", caplog.text)
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, output))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_command_line_tells_a_mistake_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(tmp_path / "nowhere.yaml")])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stop.value.code == f"pretrain.py: error: {tmp_path / 'nowhere.yaml'}: no such file of arguments"
+def test_checkpoints_that_do_not_do(trained, trained_by_torch, flags, refused, tmp_path):
+    for optim, whole in (("cwd_adamw", trained[0]), ("adamw_torch", trained_by_torch)):
+        checkpoint = shutil.copytree(whole / "checkpoint-6", tmp_path / optim / "checkpoint-6")
+        options = {"output_dir": tmp_path / optim, "optim": optim, "max_steps": 8}
+        argv = flags(resume_from_checkpoint=checkpoint, **options)
+        other = refused(
+            pretrain, flags(resume_from_checkpoint=checkpoint, config_overrides="hidden_size=48", **options)
+        )
+        assert other.startswith(f"{checkpoint} has other weights than this model: ")
+        assert other.endswith("Give the model that it was saved with")
+        cut(checkpoint / "model.safetensors")
+        line = refused(pretrain, argv)
+        assert str(checkpoint) in line
+        assert "model.safetensors" in line
+        none = refused(pretrain, flags(resume_from_checkpoint="true", **options))
+        assert f"no checkpoint in {tmp_path / optim} can be resumed from" in none
+        assert "model.safetensors" in none
+
+
+def test_a_checkpoint_of_another_rule(trained, flags, refused, tmp_path):
+    checkpoint = trained[0] / "checkpoint-6"
+    argv = flags(output_dir=tmp_path, optim="cwd_lion", resume_from_checkpoint=checkpoint, max_steps=8)
+    assert "on_rule_change=reset" in refused(pretrain, argv)
+
+
+@pytest.mark.parametrize(("optim", "is_ours"), [("cwd_sgd", True), ("adafactor", False)])
+def test_an_optimizer_of_ours_has_cwd_trainer_s_guards(optim, is_ours, flags, monkeypatch, tmp_path):
+    made = []
+    original = Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, *args, **kwargs: made.append(self) or original(self, *args, **kwargs)
+    )
+    pretrain.main(flags(output_dir=tmp_path, optim=optim, max_steps=1, save_strategy="no"))
+    assert isinstance(made[0], CWDTrainerMixin) is is_ours

@@ -167,12 +167,13 @@ def test_own_flags_replace_the_defaults():
         (["--weight_decay", "0"], "nothing to be cautious about"),
         (["--optim_args", "mask=gt,cautious=true"], "the comparison itself"),
         (["--optim", "adamw_torch"], "cwd_muon"),
+        (["--stepz", "3"], "unknown arguments: --stepz 3"),
+        (["--train_file", "nope.txt"], "nope.txt: no such file"),
+        (["--learning_rate", "inf"], "--learning_rate inf: give a finite number"),
     ],
 )
-def test_mistakes(argv, message, capsys):
-    with pytest.raises(SystemExit):
-        compare.main(argv)
-    assert message in capsys.readouterr().err
+def test_mistakes(argv, message, refused, tmp_path):
+    assert message in refused(compare, ["--output_dir", str(tmp_path), *argv])
 
 
 def test_summary_counts_training_time_and_final_losses(tmp_path):
