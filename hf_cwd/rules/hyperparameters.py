@@ -23,7 +23,7 @@ class Real:
     @property
     def valid(self) -> str:
         number = f"a finite number >= {self.low:g}" + (f" and < {self.high:g}" if self.high is not None else "")
-        return number + (", or a floating-point tensor of one such number without a gradient" if self.tensor else "")
+        return f"{number} (or a floating-point tensor of one)" if self.tensor else number
 
     def parse(self, text: str) -> float:
         return self.check(float(text))
@@ -40,9 +40,6 @@ class Real:
         if not self.low <= number < (math.inf if self.high is None else self.high):
             raise ValueError
         return number
-
-    def text(self, value: float) -> str:
-        return repr(value)
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,6 @@ class Integer:
             raise ValueError
         return int(value)
 
-    def text(self, value: int) -> str:
-        return str(value)
-
 
 @dataclass(frozen=True)
 class Flag:
@@ -84,9 +78,6 @@ class Flag:
         if not isinstance(value, bool):
             raise ValueError
         return value
-
-    def text(self, value: bool) -> str:
-        return str(value).lower()
 
 
 @dataclass(frozen=True)
@@ -110,9 +101,6 @@ class Choice:
             raise ValueError
         return value
 
-    def text(self, value: str) -> str:
-        return value
-
 
 @dataclass(frozen=True)
 class Betas:
@@ -129,9 +117,6 @@ class Betas:
         if not (0 <= first < 1 and 0 <= second < 1):
             raise ValueError
         return (first, second)
-
-    def text(self, value: tuple[float, float]) -> str:
-        return ":".join(map(repr, value))
 
 
 @dataclass(frozen=True)
@@ -170,9 +155,6 @@ class Coefficients:
         if not (a >= 1 and math.isfinite(a + b + c)):
             raise ValueError
         return (a, b, c)
-
-    def text(self, value: Any) -> str:
-        return value if isinstance(value, str) else ":".join(repr(number) for triple in value for number in triple)
 
 
 Hyperparameter = Real | Integer | Flag | Choice | Betas | Coefficients
