@@ -91,7 +91,9 @@ def _listed(params: Any) -> list[Any]:
 
 def _check_entry(number: int, entry: Any) -> None:
     name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
-    if not isinstance(p, Tensor) or not isinstance(name, str | None):
+    if isinstance(entry, tuple) and not (isinstance(name, str) and isinstance(p, Tensor)):
+        raise TypeError(f"{TAKES}, and entry {number} is a tuple of {', '.join(map(_typename, entry)) or 'nothing'}")
+    if not isinstance(p, Tensor):
         raise TypeError(f"{TAKES}, and entry {number} is {_typename(p)}{_hint(p)}")
     if not p.is_leaf and not p.retains_grad:
         raise ValueError(
