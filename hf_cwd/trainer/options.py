@@ -259,6 +259,8 @@ def _announcement(
     """What logs the start-up line: the settings that the parameter groups have, and what each rule got."""
 
     def announce(groups: Sequence[Mapping[str, Any]]) -> None:
+        groups = [group for group in groups if group["params"]]
+
         def details(algorithm: str) -> str:
             some = [group for group in groups if group["algorithm"] == algorithm]
             rates, decays = ([float(group[key]) for group in some] for key in ("lr", "weight_decay"))
