@@ -117,9 +117,9 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
     changed = [flag for flag in ADAM_FLAGS if values[flag] != defaults[flag]]
     if "adamw" not in (rule.name, rule.companion):
         if changed:
-            use = " Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
+            use = ". Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
             given_flags = " and ".join(f"--{flag}" for flag in changed)
-            raise ValueError(f"{given_flags} given, but {name} has no Adam in it.{use}: leave the flag out")
+            raise ValueError(f"{given_flags} given, but {name} has no Adam in it: leave the flag out{use}")
         return own | given
     prefix = "" if rule.name == "adamw" else "adamw_"
     betas, eps = (values["adam_beta1"], values["adam_beta2"]), values["adam_epsilon"]
