@@ -3,8 +3,8 @@
 transformers has no public call for this, so five things are added to it, once it is imported by whoever wants it:
 members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
 of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one, and
-callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, and
-write down its settings.
+callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, write
+down its settings, and note which model a Trainer has.
 """
 
 import argparse

@@ -115,24 +115,30 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     # One that is given with its default value cannot be told apart.
     changed = [flag for flag in ADAM_FLAGS if values[flag] != defaults[flag]]
-    if "adamw" not in (rule.name, rule.companion):
-        if changed:
-            use = ". Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
-            given_flags = " and ".join(f"--{flag}" for flag in changed)
-            raise ValueError(f"{given_flags} given, but {name} has no Adam in it: leave the flag out{use}")
-        return own | given
+    if "adamw" in (rule.name, rule.companion):
+        return own | _adam_arguments(rule, values, given, changed) | given
+    if changed:
+        use = ". Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
+        told = " and ".join(f"--{flag}" for flag in changed)
+        raise ValueError(f"{told} given, but {name} has no Adam in it: leave the flag out{use}")
+    return own | given
+
+
+def _adam_arguments(
+    rule: Rule, values: Mapping[str, Any], given: Mapping[str, Any], changed: Sequence[str]
+) -> dict[str, Any]:
+    """What the ``--adam_*`` flags set; ValueError where ``--optim_args``, which ``given`` holds, say otherwise."""
     prefix = "" if rule.name == "adamw" else "adamw_"
-    betas, eps = (values["adam_beta1"], values["adam_beta2"]), values["adam_epsilon"]
-    for argument, value, sources in ((f"{prefix}betas", betas, ("adam_beta1", "adam_beta2")),
-                                     (f"{prefix}eps", eps, ("adam_epsilon",))):  # fmt: skip
+    betas, eps = ("adam_beta1", "adam_beta2"), "adam_epsilon"
+    found = {f"{prefix}betas": tuple(values[flag] for flag in betas), f"{prefix}eps": values[eps]}
+    for (argument, value), sources in zip(found.items(), (betas, (eps,)), strict=True):
         both = [f"--{flag}" for flag in sources if flag in changed]
-        if argument in given and both and given[argument] != value:
+        if both and given.get(argument, value) != value:
             raise ValueError(
                 f"{argument}={given[argument]} in --optim_args contradicts {' and '.join(both)} ({value}): give one of "
                 "them"
             )
-        own[argument] = value
-    return own | given
+    return found
 
 
 def flags(args: Any) -> dict[str, Any]:
