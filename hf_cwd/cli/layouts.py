@@ -94,13 +94,17 @@ def parallelism(text: str, world: int | None) -> Parallelism | Zero:
             raise ValueError(f"--layout {text!r}: {known} does not divide --world {world}")
         sizes[open_[0]] = world // known
     result = Parallelism(**sizes) if zero is None else Zero(int(zero[4]), sizes[zero], zero.endswith("_offload"))
-    if result.world > RANKS:
-        raise ValueError(f"--layout {text!r} has {result.world:,} ranks: give {RANKS:,} at most")
-    if world not in (None, result.world):
-        raise ValueError(f"--layout {text!r} has {result.world} ranks, and --world is {world}: leave --world out")
+    _check_size(text, result.world, world)
     if zero is None and (result.fsdp2 * result.tp % result.ep or (result.ep > 1 and result.ep % result.tp)):
         raise ValueError(f"--layout {text!r}: ep must be a multiple of tp, and a divisor of fsdp2 x tp")
     return result
+
+
+def _check_size(text: str, size: int, world: int | None) -> None:
+    if size > RANKS:
+        raise ValueError(f"--layout {text!r} has {size:,} ranks: give {RANKS:,} at most")
+    if world not in (None, size):
+        raise ValueError(f"--layout {text!r} has {size} ranks, and --world is {world}: leave --world out")
 
 
 def shardings(model: nn.Module, layout: Parallelism) -> dict[str, Mesh]:
