@@ -45,6 +45,7 @@ setup(
         "scripts": ["datasets", "evaluate", "matplotlib", "peft", "pillow", "tokenizers", "trl"],
         "test": [
             "deepspeed",
+            "expecttest",
             "gguf",
             "numpy",
             "optuna",

@@ -1,18 +1,19 @@
 """The optimizer: parameter groups, state, the step and state dicts, for any rule."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from hf_cwd import kernels, states
+from hf_cwd.groups import ROUTED_NAMES, as_group, as_groups, check_shared
 from hf_cwd.kernels.base import Settings
 from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.measure import StepStatistics
 from hf_cwd.origins import Origins
-from hf_cwd.refusals import are_plain, check_layout, check_masters, problem, refuse_torch_kernels
+from hf_cwd.refusals import are_plain, check_layout, check_masters, drop_torch_only, problem
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.hyperparameters import Choice, checked
 from hf_cwd.sharding.exchange import Exchange
@@ -38,7 +39,8 @@ class CommonOptions(TypedDict, total=False):
         on_rule_change: what ``load_state_dict`` does with another rule's state: ``"refuse"``, or ``"reset"``, which
             leaves it and begins with new states.
         routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
-        fused, foreach, differentiable: only False or None; ``kernel=`` chooses the implementation here.
+        announce: is called with the parameter groups once, when they are complete.
+        amsgrad, differentiable, foreach, fused: only False or None; ``kernel=`` chooses the implementation here.
     """
 
     cautious: bool
@@ -50,9 +52,11 @@ class CommonOptions(TypedDict, total=False):
     capturable: bool
     on_rule_change: str
     routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
-    fused: bool | None
-    foreach: bool | None
+    announce: Callable[[Sequence[Mapping[str, Any]]], None] | None
+    amsgrad: bool | None
     differentiable: bool | None
+    foreach: bool | None
+    fused: bool | None
 
 
 class CWDOptimizer(torch.optim.Optimizer):
@@ -80,7 +84,8 @@ class CWDOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: a value out of range, or a parameter that the rule cannot take.
-        TypeError: an unknown keyword.
+        TypeError: an unknown keyword, or something that is no parameter.
+        RuntimeError: a complex parameter.
     """
 
     def __init__(
@@ -91,36 +96,32 @@ class CWDOptimizer(torch.optim.Optimizer):
         algorithm: str,
         companions: Mapping[str, Mapping[str, Any]] | None = None,
         routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+        announce: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
         **options: Any,
     ) -> None:
-        refuse_torch_kernels(options)
-        self.companions = dict(companions or {})
+        drop_torch_only(options)
+        rule, owner = _rule(algorithm), type(self).__name__
         self.statistics: StepStatistics | None = None
         self.on_rule_change = checked(
-            "CWDOptimizer", "on_rule_change", ON_RULE_CHANGE, options.pop("on_rule_change", ON_RULE_CHANGE.default)
+            owner, "on_rule_change", ON_RULE_CHANGE, options.pop("on_rule_change", ON_RULE_CHANGE.default)
         )
         self.reset_because: str | None = None
         self.overruled: list[Overruled] | None = None
         self._is_prepared = False
         self._origins = Origins()
-        self._matrix_step = MatrixStep.of(self._origins, _rule(algorithm), options)
+        self._matrix_step = MatrixStep.of(self._origins, rule, options)
         self._cache: dict[Any, Any] = {}  # the kernels' tables
-        known = {**COMMON, **_rule(algorithm).hyperparameters}
-        for name in options.keys() - known.keys():
-            takes = {*known, "on_rule_change"}
-            if _rule(algorithm).matrix is not None:
-                takes |= {*EXCHANGE, "process_group"}
-            near = difflib.get_close_matches(name, takes, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise TypeError(
-                f"{type(self).__name__} has no argument {name!r}.{hint} It takes {', '.join(sorted(takes))}"
-            )
-        defaults = {name: kind.default for name, kind in known.items()} | {"algorithm": algorithm, "lr": lr} | options
-        # A bare tensor and an empty list are left to torch, which refuses them in its own words.
-        if routing is not None and not isinstance(params, Tensor) and (params := list(params)):
-            params = routing(params if isinstance(params[0], dict) else [{"params": params}])
-        super().__init__(params, defaults)
+        more = ("on_rule_change", *((*EXCHANGE, "process_group") if rule.matrix is not None else ()))
+        defaults = _checked_defaults(owner, rule, {"lr": lr} | options, more)
+        self.companions: dict[str, dict[str, Any]] = {}
+        for name, values in (companions or {}).items():
+            complete = _checked_defaults(owner, _rule(name), values)
+            self.companions[name] = {key: complete[key] for key in values}
+        groups = as_groups(params)
+        super().__init__(groups if routing is None else routing(groups), defaults | {"algorithm": algorithm})
         check_masters(self.param_groups)
+        if announce is not None:
+            announce(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("companions", "on_rule_change", "reset_because", "overruled", "_origins", "_matrix_step")
@@ -152,37 +153,48 @@ class CWDOptimizer(torch.optim.Optimizer):
         self._matrix_step.mark_replicated(own.intersection(params))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, with the defaults of its rule. Raises ValueError, and adds nothing, if it cannot be trained."""
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        own, algorithm = self.defaults["algorithm"], param_group.get("algorithm", self.defaults["algorithm"])
-        rule = _rule(algorithm)
-        group = dict(param_group)
-        names = group.pop("names", None)
+        """Adds a group, with the defaults of its rule. Raises, and adds nothing, where it cannot be trained.
+
+        Raises:
+            ValueError: a hyper-parameter that is not valid, or parameters that the rule cannot take.
+            TypeError: something that is no parameter.
+            RuntimeError: a complex parameter.
+        """
+        group = as_group(param_group)
+        own, algorithm = self.defaults["algorithm"], group.get("algorithm", self.defaults["algorithm"])
+        rule, names, number = _rule(algorithm), group.pop(ROUTED_NAMES, None), len(self.param_groups)
+        drop_torch_only(group)
+        check_shared(group, self.param_groups)
+        # torch fills in all of self.defaults; this optimizer's own rule's mean nothing in a group of another rule.
+        foreign = _rule(own).hyperparameters.keys() - rule.hyperparameters.keys() - group.keys()
         if algorithm != own:
             defaults = {name: kind.default for name, kind in rule.hyperparameters.items()}
-            group = defaults | dict(self.companions.get(algorithm, {})) | group
+            group = defaults | self.companions.get(algorithm, {}) | group
         super().add_param_group(group)
-        # torch fills in all of self.defaults; this optimizer's own rule's mean nothing in a group of another rule.
-        for name in _rule(own).hyperparameters.keys() - rule.hyperparameters.keys() - param_group.keys():
+        for name in foreign:
             del group[name]
         self._origins.add(group, names)
         try:
-            self._check_group(group)
-        except ValueError:
+            self._check_group(group, number)
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             self._origins.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any], number: int) -> None:
         rule = _rule(group["algorithm"])
-        group.update(rule.checked_hyperparameters(group))
+        try:
+            group.update(rule.checked_hyperparameters(group))
+        except ValueError as error:
+            raise ValueError(f"parameter group {number}: {error}") from None
         if rule.matrix is not None:
             group.setdefault("layout", None)
         for position, p in enumerate(group["params"]):
             name, shape = self._origins.describe(p, position, group), full_shape(p)
             if torch.is_complex(p):
-                raise ValueError(f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only")
+                raise RuntimeError(
+                    f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only"
+                )
             if rule.matrix is None:
                 continue
             if group["layout"] is not None:
@@ -308,6 +320,22 @@ class CWDOptimizer(torch.optim.Optimizer):
         super().load_state_dict(adopted)
         self._origins.replace(groups, self.param_groups)
         restore_dtypes(self, adopted)
+
+
+def _checked_defaults(owner: str, rule: Rule, values: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
+    """What a group of a rule has where it says nothing, ``values`` among it; TypeError where the rule has no such key.
+
+    Args:
+        owner: who takes them, for the message.
+        more: what else it takes, for the message.
+    """
+    known = {**COMMON, **rule.hyperparameters}
+    for name in values.keys() - known.keys():
+        takes = sorted({*known, *more})
+        near = difflib.get_close_matches(name, takes, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise TypeError(f"{owner} has no argument {name!r}.{hint} It takes {', '.join(takes)}")
+    return rule.checked_hyperparameters({name: kind.default for name, kind in known.items()} | dict(values))
 
 
 def _rule(name: str) -> Rule:

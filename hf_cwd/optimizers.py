@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class CWDAdamW(CWDOptimizer):
     """AdamW with cautious weight decay (arXiv 2510.12402, Algorithm 6).
 
-    The recursion is that of :func:`hf_cwd.rules.adamw.direction`; arguments and defaults are torch.optim.AdamW's, and
-    state dicts are interchangeable with it. States: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    The recursion is that of :func:`hf_cwd.rules.adamw.direction`; arguments, their order and defaults are
+    torch.optim.AdamW's, and state dicts are interchangeable with it. States: ``step``, ``exp_avg``, ``exp_avg_sq``.
 
     Example:
         >>> import torch
@@ -30,21 +30,23 @@ class CWDAdamW(CWDOptimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool | None = False,
         **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(params, lr, algorithm="adamw", betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        super().__init__(
+            params, lr, algorithm="adamw", betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **options
+        )
 
 
 class CWDLion(CWDOptimizer):
     """Lion with cautious weight decay (arXiv 2510.12402, Algorithm 4).
 
-    The recursion is that of :func:`hf_cwd.rules.lion.direction`. Lion's updates have the size of the learning rate
-    itself: use a learning rate 3 to 10 times smaller, and a weight decay as much larger, than AdamW's. States:
-    ``step``, ``exp_avg``.
+    The recursion is that of :func:`hf_cwd.rules.lion.direction`; the order of arguments is lion-pytorch's and timm's.
+    Lion's updates have the size of the learning rate itself: use a learning rate 3 to 10 times smaller, and a weight
+    decay as much larger, than AdamW's. States: ``step``, ``exp_avg``.
 
     Example:
         >>> import torch
@@ -60,7 +62,6 @@ class CWDLion(CWDOptimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-4,
-        *,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 1e-1,
         **options: Unpack[CommonOptions],
@@ -71,8 +72,8 @@ class CWDLion(CWDOptimizer):
 class CWDMuon(CWDOptimizer):
     """Muon with cautious weight decay for matrices (arXiv 2510.12402, Algorithm 5), CWD-AdamW for the rest.
 
-    The recursion is that of :mod:`hf_cwd.rules.muon`; argument names are torch.optim.Muon's, whose state dicts load
-    here. A Muon group takes 2-D parameters, and with a ``layout`` those that hold several matrices
+    The recursion is that of :mod:`hf_cwd.rules.muon`; argument names and their order are torch.optim.Muon's, whose
+    state dicts load here. A Muon group takes 2-D parameters, and with a ``layout`` those that hold several matrices
     (:class:`hf_cwd.matrices.Layout`); ``routing=hf_cwd.route(model)`` makes the groups, and gives embeddings, heads and
     vectors to some with ``algorithm="adamw"``. States: ``step``, ``exp_avg``; those of AdamW in its groups.
 
@@ -82,7 +83,8 @@ class CWDMuon(CWDOptimizer):
             operations, see :func:`hf_cwd.orthogonalize.newton_schulz`.
         ns_dtype: dtype of the Newton-Schulz iteration: ``"bfloat16"``, ``"float32"``, ``"float64"``; ``"auto"`` is
             bfloat16, on a CPU float32, and float64 for float64 parameters.
-        adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`.
+        adjust_lr_fn: the shape factor on the update, see :func:`hf_cwd.rules.muon.scale`; None is ``"original"``, as in
+            torch.
         share: ``"always"`` says that plain tensors are replicas with equal gradients on all ranks, and has one rank
             work for all; ``"never"`` has every replica work for itself; ``"auto"`` takes what costs less where
             replication is known: by ``Replicate`` placements, and from the Trainer, which knows what it wraps in DDP.
@@ -104,19 +106,19 @@ class CWDMuon(CWDOptimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        *,
+        weight_decay: float = 1e-1,
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: Any = "quintic",
+        eps: float = 1e-7,
         ns_steps: int = 5,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        *,
         ns: str = "auto",
         ns_dtype: str = "auto",
-        eps: float = 1e-7,
-        adjust_lr_fn: str = "match_rms_adamw",
         share: str = "auto",
         exchange_bytes: int = 1 << 28,
         process_group: "ProcessGroup | None" = None,
-        weight_decay: float = 1e-1,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -134,7 +136,8 @@ class CWDMuon(CWDOptimizer):
 class CWDSGD(CWDOptimizer):
     """SGD with momentum and cautious weight decay (arXiv 2510.12402, Algorithm 2 with ``ema=True``).
 
-    The recursion is that of :func:`hf_cwd.rules.sgd.direction`, torch.optim.SGD's by default. The decay is decoupled,
+    The recursion is that of :func:`hf_cwd.rules.sgd.direction`, torch.optim.SGD's by default, as is the order of
+    arguments. The decay is decoupled,
     unlike torch.optim.SGD's, which adds ``weight_decay * x`` to the gradient. States: ``step``, and
     ``momentum_buffer`` where ``momentum`` is not 0.
 
@@ -155,12 +158,12 @@ class CWDSGD(CWDOptimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        *,
         momentum: float = 0.0,
         dampening: float = 0.0,
-        nesterov: bool = False,
-        ema: bool = False,
         weight_decay: float = 1e-2,
+        nesterov: bool = False,
+        *,
+        ema: bool = False,
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(

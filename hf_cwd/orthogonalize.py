@@ -153,6 +153,14 @@ def _blocks(table: Sequence[Triple]) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
+def singular_value(value: float, *, coefficients: str | Sequence[Triple], steps: int) -> float:
+    """What :func:`newton_schulz` makes of a singular value of ``M / |M|_F`` without rounding."""
+    for a, b, c in _table(coefficients, steps):
+        square = value * value
+        value *= a + b * square + c * square * square
+    return value
+
+
 def _table(coefficients: str | Sequence[Triple], steps: int) -> list[Triple]:
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:

@@ -17,16 +17,33 @@ def check_layout(layout: Any, name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
 
 
-def refuse_torch_kernels(options: dict[str, Any]) -> None:
-    """Takes torch.optim's choice of implementation out of ``options``; False and None ask for nothing."""
-    instead = {
-        "fused": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
-        "foreach": "the kernel= option chooses the implementation, and 'auto' takes the fastest",
-        "differentiable": "step() runs without gradients",
-    }
-    for name, reason in instead.items():
-        if options.pop(name, None):
-            raise ValueError(f"{name}=True is not supported: {reason}. Leave {name} out")
+# Keywords of torch.optim that have no counterpart here, which values of them ask for nothing, and what is here instead.
+_NOTHING = (None, False)
+_TORCH_ONLY = {
+    "fused": (_NOTHING, "the kernel= option chooses the implementation, and 'auto' takes the fastest"),
+    "foreach": (_NOTHING, "the kernel= option chooses the implementation, and 'auto' takes the fastest"),
+    "differentiable": (_NOTHING, "step() runs without gradients"),
+    "amsgrad": (_NOTHING, "the rule keeps no maximum of second moments"),
+    "decoupled_weight_decay": ((None, True), "the decay is decoupled always"),
+}
+
+
+def drop_torch_only(options: dict[str, Any]) -> None:
+    """Takes torch.optim's own keywords out of an optimizer's or a group's ``options``, where they ask for nothing.
+
+    Raises:
+        ValueError: one of them asks for something.
+        RuntimeError: two of them that torch.optim refuses together, by this type.
+    """
+    asked = {}
+    for name, (nothing, reason) in _TORCH_ONLY.items():
+        value = options.pop(name, None)
+        if value not in nothing:
+            asked[name] = f"{name}={value!r} is not supported: {reason}. Leave {name} out"
+    if "fused" in asked and asked.keys() & {"foreach", "differentiable"}:
+        raise RuntimeError("; ".join(asked.values()))
+    if asked:
+        raise ValueError("; ".join(asked.values()))
 
 
 _LOOK = attrgetter("layout", "is_meta")

@@ -105,7 +105,7 @@ def test_nothing_to_train():
 
 
 def test_complex_parameters(algorithm):
-    with pytest.raises(ValueError, match="is complex"):
+    with pytest.raises(RuntimeError, match="is complex"):
         make([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))], algorithm)
 
 

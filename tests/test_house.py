@@ -22,7 +22,7 @@ MODULES = ["hf_cwd", *sorted(m.name for m in pkgutil.walk_packages(hf_cwd.__path
 # Who may import whom: a part imports only parts that stand before it, or its own.
 ORDER = [
     *("decay", "symmetric", "orthogonalize", "matrices", "rules", "kernels", "sharding", "states"),
-    *("origins", "measure", "matrix_step", "state_dict", "refusals", "optimizer", "optimizers"),
+    *("groups", "origins", "measure", "matrix_step", "state_dict", "refusals", "optimizer", "optimizers"),
     *("checkpoint", "trainer", "report", "launcher", "cli"),
 ]
 OUTSIDE = {"transformers", "accelerate", "datasets", "evaluate"}

@@ -1,9 +1,11 @@
-"""cautious=False against torch.optim's single-tensor paths."""
+"""cautious=False against torch.optim's single-tensor paths, and the order of arguments."""
+
+import inspect
 
 import pytest
 import torch
 
-from hf_cwd import CWDSGD, CWDAdamW, CWDMuon
+from hf_cwd import CWDSGD, CWDAdamW, CWDLion, CWDMuon
 from tests.parity import SINGLE_TENSOR, assert_same_but_for_roundings, gradients, parameter, states_of, step
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -64,3 +66,30 @@ def test_muon(shape, adjust_lr_fn, nesterov):
         step(torch_optimizer, g)
         assert torch.equal(states_of(optimizer)["exp_avg"], states_of(torch_optimizer)["momentum_buffer"])
         assert_same_but_for_roundings(ours.detach(), theirs.detach(), before, weight_decay=options["weight_decay"])
+
+
+def lion_of_others(params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+    """The positional arguments that lion-pytorch and timm have in common."""
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "other_defaults"),
+    [
+        (CWDAdamW, torch.optim.AdamW, set()),
+        (CWDSGD, torch.optim.SGD, {"weight_decay"}),
+        (CWDMuon, torch.optim.Muon, {"ns_coefficients", "adjust_lr_fn"}),
+        (CWDLion, lion_of_others, {"betas", "weight_decay"}),
+    ],
+)
+def test_positional_arguments_are_the_twin_s(ours, theirs, other_defaults):
+    def positional(function):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind in kinds}
+
+    own, twin = positional(ours), positional(theirs)
+    assert list(own) == list(twin)
+    assert {name for name in own if own[name] != twin[name]} == other_defaults
+    given = [*twin.values()][1:]
+    (group,) = ours([parameter((2, 2), torch.float32)], *given).param_groups
+    expected = dict(zip([*twin][1:], given, strict=True)) | {"adjust_lr_fn": "original"}
+    assert all(group[name] == expected[name] for name in own.keys() & group.keys() - {"params", "ns_coefficients"})

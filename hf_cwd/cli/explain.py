@@ -24,6 +24,7 @@ from hf_cwd.trainer.routing import Route, Routing, route
 # Tried in this order where a configuration does not say which model it is of.
 AUTO_CLASSES = ("CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "SpeechSeq2Seq", "ImageTextToText", "CTC")
 TRAINER_FLAGS = ("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay")
+DEVICES = ("cuda", "cpu", "xpu", "npu", "hpu", "mps")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="cuda",
+        choices=DEVICES,
         help="type of the devices that train, which decides ns_dtype=auto; default: %(default)s",
     )
 

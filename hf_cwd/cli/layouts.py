@@ -13,6 +13,7 @@ from hf_cwd.sharding.pieces import Mesh, Placement, Replicate, Shape, Shard, Str
 # In the order in which ranks are numbered: neighbours are in the same group of tensor parallelism.
 DIMENSIONS = ("ddp", "fsdp2", "tp", "ep")
 ZERO = tuple(f"zero{stage}{suffix}" for suffix in ("", "_offload") for stage in (1, 2, 3))
+RANKS = 100_000  # more would be computed for minutes, and no cluster has them
 GRAMMAR = (
     "ddp, fsdp2, tp, or several of them with their sizes: ddp=128,fsdp2=8 (HSDP: 128 replicas of 8 shards), "
     "fsdp2=128,tp=8, fsdp2=128,tp=8,ep=64 (ep: experts, over ranks of fsdp2 and tp). Or DeepSpeed's zero1, zero2 or "
@@ -68,8 +69,8 @@ def parallelism(text: str, world: int | None) -> Parallelism | Zero:
     Raises:
         ValueError: not in the grammar, or sizes that do not go together.
     """
-    if world is not None and world < 1:
-        raise ValueError(f"--world {world}: give the number of ranks, which is 1 at least")
+    if world is not None and not 1 <= world <= RANKS:
+        raise ValueError(f"--world {world}: give the number of ranks, which is from 1 to {RANKS:,}")
     sizes: dict[str, int | None] = {}
     for part in text.replace(" ", "").split(","):
         found = re.fullmatch(rf"({'|'.join((*DIMENSIONS, *ZERO))})(?:=([1-9]\d*))?", part)
@@ -93,18 +94,25 @@ def parallelism(text: str, world: int | None) -> Parallelism | Zero:
             raise ValueError(f"--layout {text!r}: {known} does not divide --world {world}")
         sizes[open_[0]] = world // known
     result = Parallelism(**sizes) if zero is None else Zero(int(zero[4]), sizes[zero], zero.endswith("_offload"))
-    if world not in (None, result.world):
-        raise ValueError(f"--layout {text!r} has {result.world} ranks, and --world is {world}: leave --world out")
+    _check_size(text, result.world, world)
     if zero is None and (result.fsdp2 * result.tp % result.ep or (result.ep > 1 and result.ep % result.tp)):
         raise ValueError(f"--layout {text!r}: ep must be a multiple of tp, and a divisor of fsdp2 x tp")
     return result
+
+
+def _check_size(text: str, size: int, world: int | None) -> None:
+    if size > RANKS:
+        raise ValueError(f"--layout {text!r} has {size:,} ranks: give {RANKS:,} at most")
+    if world not in (None, size):
+        raise ValueError(f"--layout {text!r} has {size} ranks, and --world is {world}: leave --world out")
 
 
 def shardings(model: nn.Module, layout: Parallelism) -> dict[str, Mesh]:
     """The sharding of each parameter: that of torch's FSDP2 over that of transformers' plan for the model.
 
     Raises:
-        ValueError: transformers has no such plan, or one that is not known here.
+        ValueError: transformers has no such plan, or one that is not known here, or one by which a rank would hold a
+            part of an attention head or of an expert.
     """
     tp_plan = _plan(model, "tp") if layout.tp > 1 else {}
     ep_plan = _plan(model, "ep") if layout.ep > 1 else {}
@@ -114,6 +122,7 @@ def shardings(model: nn.Module, layout: Parallelism) -> dict[str, Mesh]:
         for name, style in tp_plan.items()
         if not any(name == experts or name.startswith(f"{experts}.") for experts in ep_plan)
     }
+    _check_heads(model, tp_plan, layout.tp)
     dense = (layout.ddp, layout.fsdp2, layout.tp)
     experts = (layout.ddp, layout.fsdp2 * layout.tp // layout.ep, layout.ep)
     result = {}
@@ -128,6 +137,35 @@ def shardings(model: nn.Module, layout: Parallelism) -> dict[str, Mesh]:
         outer = StridedShard(0, shape[2]) if inner in _CUTS_FIRST and shape[2] > 1 else Shard(0)
         result[name] = _mesh(shape, (Replicate(), outer, inner))
     return result
+
+
+# Projections into attention heads, and the key of the configuration that counts those.
+_HEADS = dict.fromkeys(
+    ("q_proj", "q_b_proj", "kv_b_proj", "g_proj", "qkv_proj", "query_key_value"), "num_attention_heads"
+)
+_HEADS |= dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads")
+
+
+def _check_heads(model: nn.Module, plan: Mapping[str, str], tp: int) -> None:
+    """Raises ValueError where a rank's part of a projection ends inside of a head, which its attention cannot reshape.
+
+    What transformers gathers behind a projection may be cut anywhere.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        path, _, kind = name.rpartition(".")
+        if kind not in _HEADS or _style(f"{name}.weight", plan) != "colwise":
+            continue
+        counts = [getattr(getattr(modules[path], "config", None), _HEADS[kind], None)]
+        head_dim = getattr(modules[path], "head_dim", None)
+        if kind in ("q_proj", "k_proj", "v_proj") and isinstance(head_dim, int):  # they can differ by layer
+            counts.append(module.weight.size(0) // head_dim)
+        for heads in counts:
+            if isinstance(heads, int) and heads % tp:
+                raise ValueError(
+                    f"tp={tp} does not divide the {heads} attention heads of {name} ({_HEADS[kind]}), of which a rank "
+                    "gets whole ones: give a tp that does"
+                )
 
 
 _CUTS_FIRST = (Shard(0), StridedShard(0, 2))

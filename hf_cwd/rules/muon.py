@@ -1,12 +1,12 @@
 """Muon (kellerjordan.github.io/posts/muon); Algorithm 5 of arXiv 2510.12402 with its decay left to decay.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_cwd.orthogonalize import FORMS, newton_schulz
+from hf_cwd.orthogonalize import FORMS, newton_schulz, singular_value
 from hf_cwd.orthogonalize import flops as newton_schulz_flops
 from hf_cwd.rules.base import Rule
 from hf_cwd.rules.hyperparameters import Choice, Coefficients, Flag, Integer, Real
@@ -71,6 +71,18 @@ def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
     return max(1.0, rows / max(1, columns)) ** 0.5 if adjust_lr_fn == "original" else 1.0
 
 
+def validate(group: Mapping[str, Any]) -> None:
+    """Refuses an iteration that takes singular values, which are at most 1 when it begins, away from 1."""
+    coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+    for start in (i / 20 for i in range(1, 21)):
+        value = singular_value(start, coefficients=coefficients, steps=steps)
+        if not 0 < value <= 2:
+            raise ValueError(
+                f"muon: ns_coefficients={coefficients!r} with ns_steps={steps} takes the singular value {start:g} to "
+                f"{value:.3g} instead of about 1: leave ns_coefficients out, or give the ones that belong to ns_steps"
+            )
+
+
 RULE = Rule(
     name="muon",
     direction=direction,
@@ -90,6 +102,7 @@ RULE = Rule(
     matrix_dtype=dtype,
     matrix_flops=flops,
     scale=scale,
+    validate=validate,
     aliases={"momentum_buffer": "exp_avg"},
     companion="adamw",
 )

@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_cwd.trainer.naming import PREFIX, chosen
 from hf_cwd.trainer.options import asked_for
+from hf_cwd.trainer.optim_args import as_text
 
 LOGS, NOT_FINITE, VERIFY = ("summary", "groups", "off"), ("stop", "skip", "ignore"), ("full", "fast", "off")
 
@@ -113,7 +114,8 @@ class CWDArgumentsMixin:
                 f"cwd_log={self.cwd_log!r} has no effect on optim={chosen(self)!r}, which is no optimizer of hf_cwd: "
                 "leave it out"
             )
-        parts = self.optim_args.replace(" ", "").split(",") if self.optim_args else []
+        text = as_text(self.optim_args)
+        parts = text.replace(" ", "").split(",") if text else []
         said = [part.partition("=")[2] for part in parts if part.partition("=")[0] == "cwd_log"]
         if not said:
             self.optim_args = ",".join([*parts, f"cwd_log={self.cwd_log}"])

@@ -12,6 +12,7 @@ from packaging.version import Version
 from hf_cwd.sharding import zero
 from hf_cwd.trainer.log import warn_once
 from hf_cwd.trainer.naming import PREFIX, chosen, names, unknown_name
+from hf_cwd.trainer.optim_args import as_text, written
 
 # What has not been tried with the optimizers here, or cannot work: a key, whether its value asks for it, and its name.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -74,14 +75,14 @@ def adopt_section(args: Any) -> None:
     values = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
     for key, attribute in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         value = values.pop(key, getattr(args, attribute))
-        if value != getattr(args, attribute):
+        if _number(value) != _number(getattr(args, attribute)):
             raise ValueError(
                 f'DeepSpeed\'s configuration says "{key}": {value}, and --{attribute} is {getattr(args, attribute)}: '
                 f'write "{key}": "auto" there, or give --{attribute} {value}'
             )
-    texts = [args.optim_args] if args.optim_args else []
+    texts = list(filter(None, [as_text(args.optim_args)]))
     args.optim = name
-    args.optim_args = ",".join(texts + [f"{key}={_text(value)}" for key, value in values.items()]) or None
+    args.optim_args = ",".join(texts + [f"{key}={written(value)}" for key, value in values.items()]) or None
 
 
 def drop_section(args: Any) -> None:
@@ -180,14 +181,15 @@ def _read(args: Any) -> Mapping[str, Any]:
     return HfDeepSpeedConfig(source).config
 
 
+def _number(value: Any) -> Any:
+    """YAML, and some JSON, has ``1e-3`` as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
 def _value(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
-
-
-def _text(value: Any) -> str:
-    """A value as ``--optim_args`` has it."""
-    if isinstance(value, list | tuple):
-        return ":".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)

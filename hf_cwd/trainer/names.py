@@ -3,8 +3,8 @@
 transformers has no public call for this, so six things are added to it, once it is imported by whoever wants it:
 members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
 of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one,
-callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, and
-write down its settings, and a look at the checkpoint that a run goes on from.
+callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, write
+down its settings, and note which model a Trainer has, and a look at the checkpoint that a run goes on from.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from hf_cwd.trainer.naming import PREFIX, names, unknown_name
+from hf_cwd.trainer.naming import names, unknown_name
 from hf_cwd.trainer.options import check_finished_arguments, check_training_arguments, handler
 
 _lock = threading.RLock()
@@ -28,6 +28,7 @@ _CALLBACKS = {
     "hf_cwd.trainer.guards": "OptimizerGuard",
     "hf_cwd.trainer.record": "RunRecordCallback",
     "hf_cwd.trainer.manifests": "CheckpointCallback",
+    "hf_cwd.trainer.models": "ModelCallback",
 }
 _RESUMES = "hf_cwd.trainer.resumes"  # what the plain Trainer is given beside its callbacks
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
@@ -120,8 +121,9 @@ def _on_hf_argparser(module: ModuleType) -> None:
 
             def convert_or_suggest(text: str) -> Any:
                 # argparse would list some forty names, in no order, ours at the end.
-                if text.startswith(PREFIX) and text not in choices and any(name in choices for name in names()):
-                    raise argparse.ArgumentTypeError(unknown_name(text))
+                is_optim = any(name in choices for name in names())
+                if is_optim and text not in choices and (error := unknown_name(text, choices)) is not None:
+                    raise argparse.ArgumentTypeError(error)
                 return convert(text)
 
             return convert_or_suggest

@@ -1,6 +1,8 @@
 """The values of ``--optim`` that this package adds, and which of them TrainingArguments ask for."""
 
 import difflib
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from hf_cwd.rules import RULES
@@ -13,10 +15,21 @@ def names() -> list[str]:
     return [PREFIX + rule for rule in RULES]
 
 
-def unknown_name(name: str) -> str:
-    """The error for a value of ``--optim`` that begins as ours do."""
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+def unknown_name(name: str, others: Iterable[str] = ()) -> str | None:
+    """The error for a value of ``--optim`` that nobody has; None where it is not like one of ours.
+
+    Args:
+        others: those that there are, of transformers too.
+    """
+    ours, plain = PREFIX.strip("_"), re.sub("[^a-z0-9]", "", name.lower())
+    is_ours = plain.startswith(ours)
+    near = difflib.get_close_matches(plain.removeprefix(ours), RULES, n=1, cutoff=0.6 if is_ours else 0.85)
+    if not near and not is_ours:
+        return None
+    hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
+    theirs = next((other for other in others if near and other.startswith(near[0])), None)
+    if theirs is not None and not is_ours:
+        hint = f"{hint[:-1]}, or transformers' {theirs}?"
     return f"--optim {name} does not exist.{hint} hf_cwd has {', '.join(names())}"
 
 

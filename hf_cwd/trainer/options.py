@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hf_cwd import optimizers
 from hf_cwd.optimizer import ON_RULE_CHANGE, CWDOptimizer
@@ -15,6 +16,7 @@ from hf_cwd.sharding.plan import EXCHANGE
 from hf_cwd.trainer import deepspeed
 from hf_cwd.trainer.log import logger
 from hf_cwd.trainer.naming import PREFIX, chosen, names, unknown_name
+from hf_cwd.trainer.optim_args import as_text
 from hf_cwd.trainer.routing import Routing, route
 from hf_cwd.trainer.sharded import check_sharding
 from hf_cwd.trainer.targets import Targets
@@ -33,7 +35,9 @@ LOG = {
     "cwd_log": Choice("summary", ("summary", "groups", "off")),
     "cwd_verify": Choice("full", ("full", "fast", "off")),
 }
-ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+ADAM_FLAGS = {"adam_beta1": Real(0.9, high=1.0), "adam_beta2": Real(0.999, high=1.0), "adam_epsilon": Real(1e-8)}
+SHARED = ("cautious", "mask", "kernel", "state_dtype", "master", "maximize")
+SHOWN = 3  # values of groups that differ in the start-up line; of more, the smallest and the largest
 
 
 class Option(NamedTuple):
@@ -100,34 +104,60 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
     apply to AdamW, also beside Muon; ``--optim_args`` may set the same instead.
 
     Raises:
-        ValueError: see :func:`parse_optim_args`; also an ``--adam_*`` flag that the optimizer has no use for, or that
-            contradicts ``--optim_args``, and ``--optim_target_modules`` where nothing is sorted by module.
+        ValueError: see :func:`parse_optim_args` and :func:`flags`; also an ``--adam_*`` flag that the optimizer has no
+            use for, or that contradicts ``--optim_args``, and ``--optim_target_modules`` where nothing is sorted by
+            module.
     """
     name = chosen(args)
-    rule = RULES[name.removeprefix(PREFIX)]
+    rule, values = RULES[name.removeprefix(PREFIX)], flags(args)
     given = {key: value for key, value in parse_optim_args(name, args.optim_args).items() if key not in LOG}
     if args.optim_target_modules is not None:
         if rule.companion is None:
             raise ValueError(f"--optim_target_modules has no effect on {name}, which takes any module: leave it out")
         Targets(args.optim_target_modules)  # a regular expression that is none fails here, not at the optimizer
-    adamw = rule.name if rule.name == "adamw" else rule.companion
-    changed = _changed_adam_flags(args)
-    if adamw != "adamw":
-        if changed:
-            use = " Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
-            raise ValueError(f"{' and '.join(changed)} given, but {name} has no Adam in it.{use}: leave the flag out")
-        return {"lr": args.learning_rate, "weight_decay": args.weight_decay} | given
-    prefix, known = "" if rule.name == "adamw" else "adamw_", options(rule.name)
-    flags = {f"{prefix}betas": (args.adam_beta1, args.adam_beta2), f"{prefix}eps": args.adam_epsilon}
-    for argument, sources in {f"{prefix}betas": ADAM_FLAGS[:2], f"{prefix}eps": ADAM_FLAGS[2:]}.items():
-        both = [f"--{flag}" for flag in sources if f"--{flag}" in changed]
-        if argument in given and both and given[argument] != flags[argument]:
+    own = {"lr": values["learning_rate"], "weight_decay": values["weight_decay"]}
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    # One that is given with its default value cannot be told apart.
+    changed = [flag for flag in ADAM_FLAGS if values[flag] != defaults[flag]]
+    if "adamw" in (rule.name, rule.companion):
+        return own | _adam_arguments(rule, values, given, changed) | given
+    if changed:
+        use = ". Its betas are set by --optim_args betas=0.9:0.95" if "betas" in rule.hyperparameters else ""
+        told = " and ".join(f"--{flag}" for flag in changed)
+        raise ValueError(f"{told} given, but {name} has no Adam in it: leave the flag out{use}")
+    return own | given
+
+
+def _adam_arguments(
+    rule: Rule, values: Mapping[str, Any], given: Mapping[str, Any], changed: Sequence[str]
+) -> dict[str, Any]:
+    """What the ``--adam_*`` flags set; ValueError where ``--optim_args``, which ``given`` holds, say otherwise."""
+    prefix = "" if rule.name == "adamw" else "adamw_"
+    betas, eps = ("adam_beta1", "adam_beta2"), "adam_epsilon"
+    found = {f"{prefix}betas": tuple(values[flag] for flag in betas), f"{prefix}eps": values[eps]}
+    for (argument, value), sources in zip(found.items(), (betas, (eps,)), strict=True):
+        both = [f"--{flag}" for flag in sources if flag in changed]
+        if both and given.get(argument, value) != value:
             raise ValueError(
-                f"{argument}={given[argument]} in --optim_args contradicts {' and '.join(both)} ({flags[argument]}): "
-                "give one of them"
+                f"{argument}={given[argument]} in --optim_args contradicts {' and '.join(both)} ({value}): give one of "
+                "them"
             )
-        checked(name, argument, known[argument].kind, flags[argument])
-    return {"lr": args.learning_rate, "weight_decay": args.weight_decay} | flags | given
+    return found
+
+
+def flags(args: Any) -> dict[str, Any]:
+    """TrainingArguments' own fields that the optimizer gets, as numbers.
+
+    YAML has ``1e-3`` for text, since it lacks a point: it is read as on a command line.
+
+    Raises:
+        ValueError: no number, or one out of range; the message names the flag.
+    """
+    kinds = {"learning_rate": COMMON["lr"], "weight_decay": COMMON["weight_decay"], **ADAM_FLAGS}
+    return {
+        name: checked(chosen(args), f"--{name}", kind, value := getattr(args, name), text=isinstance(value, str))
+        for name, kind in kinds.items()
+    }
 
 
 def check_training_arguments(args: Any) -> None:
@@ -142,10 +172,9 @@ def check_training_arguments(args: Any) -> None:
     if deepspeed.is_used(args):
         deepspeed.adopt_section(args)
     name = chosen(args)
-    if not name.startswith(PREFIX):
-        return
     if name not in names():
-        raise ValueError(unknown_name(name))
+        _check_other_name(name)
+        return
     import transformers
     from packaging.version import Version
 
@@ -156,10 +185,22 @@ def check_training_arguments(args: Any) -> None:
         )
     if deepspeed.is_used(args):
         deepspeed.check_tools(name)
+    args.optim_args = as_text(args.optim_args)
+    for flag, value in flags(args).items():
+        setattr(args, flag, value)
     arguments = optimizer_arguments(args)
     rule = RULES[name.removeprefix(PREFIX)]
     kinds = {**COMMON, **rule.hyperparameters}
     rule.checked_hyperparameters({key: kind.default for key, kind in kinds.items()} | arguments)
+
+
+def _check_other_name(name: str) -> None:
+    """Raises ValueError with the nearest name for one that is nobody's; transformers lists all of its own."""
+    from transformers.training_args import OptimizerNames
+
+    known = [member.value for member in OptimizerNames]
+    if name not in known and (error := unknown_name(name, known)) is not None:
+        raise ValueError(error)
 
 
 def check_finished_arguments(args: Any) -> None:
@@ -189,19 +230,19 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
     deepspeed.check(ctx.args, name, arguments)
     deepspeed.keep_ours()
     _check_world(ctx.args)
-    described = name + " " + " ".join(f"{key}={value}" for key, value in effective(rule.name, arguments).items())
+    asked, routing = dict(arguments), None
     if rule.companion is not None:
-        if ctx.model is None:
-            raise ValueError(f"{name} sorts the parameters of a model, and the Trainer gave none")
-        routing = route(
-            ctx.model,
+        # Not above: it imports transformers, which is to find its names registered.
+        from hf_cwd.trainer.models import model_of
+
+        routing = arguments["routing"] = route(
+            model_of(ctx.args, name) if ctx.model is None else ctx.model,
             matrices=rule.name,
             others=rule.companion,
             target_modules=ctx.args.optim_target_modules,
         )
-        arguments["routing"] = _announced(routing, rule, arguments, described) if ctx.args.should_log else routing
-    if ctx.args.should_log and rule.companion is None:
-        logger().info(described)
+    if ctx.args.should_log:
+        arguments["announce"] = _announcement(rule, asked, routing)
     if rule.name in CLASSES:
         return CLASSES[rule.name], arguments
     if rule.companion is not None:
@@ -222,25 +263,34 @@ def _check_world(args: Any) -> None:
         )
 
 
-def _announced(
-    routing: Routing, rule: Rule, arguments: dict[str, Any], described: str
-) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """A routing that adds to the start-up line, once it knows the parameter groups, what each rule got."""
-    rates = {rule.name: arguments["lr"], rule.companion: arguments.get(f"{rule.companion}_lr", arguments["lr"])}
+def _announcement(
+    rule: Rule, asked: Mapping[str, Any], routing: Routing | None
+) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """What logs the start-up line: the settings that the parameter groups have, and what each rule got."""
 
-    def split(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        result = routing(groups)
+    def announce(groups: Sequence[Mapping[str, Any]]) -> None:
+        groups = [group for group in groups if group["params"]]
 
         def details(algorithm: str) -> str:
-            decays = {g["weight_decay"] for g in result if g["algorithm"] == algorithm}
-            decays = " and ".join(f"{decay:g}" for decay in sorted(decays, reverse=True))
-            return f", lr {rates[algorithm]:g}, weight_decay {decays}"
+            some = [group for group in groups if group["algorithm"] == algorithm]
+            rates, decays = ([float(group[key]) for group in some] for key in ("lr", "weight_decay"))
+            return f", lr {_shown(rates)}, weight_decay {_shown(decays)}"
 
-        outputs = ", ".join(routing.outputs) or "none"
-        logger().info(f"{described} | {routing.summary(details)} | output layers: {outputs}")
-        return result
+        found = effective(rule.name, asked) | of_groups(groups, rule.name)
+        described = [f"{key}={_shown(value) if isinstance(value, list) else value}" for key, value in found.items()]
+        line = " ".join([f"{PREFIX}{rule.name}", *described])
+        if routing is not None:
+            line += f" | {routing.summary(details)} | output layers: {', '.join(routing.outputs) or 'none'}"
+        logger().info(line)
 
-    return split
+    return announce
+
+
+def _shown(values: Sequence[Any]) -> str:
+    """Different values of parameter groups in words, the largest first."""
+    some = sorted(set(values), reverse=True)
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in some]
+    return " and ".join(texts) if len(texts) <= SHOWN else f"{texts[-1]} to {texts[0]} ({len(texts)} values)"
 
 
 def asked_for(args: Any, key: str) -> Any:
@@ -259,10 +309,28 @@ def effective(rule_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _changed_adam_flags(args: Any) -> list[str]:
-    """The ``--adam_*`` flags that differ from the default; one given with its default value cannot be told apart."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    return [f"--{flag}" for flag in ADAM_FLAGS if getattr(args, flag) != defaults[flag]]
+def of_groups(groups: Sequence[Mapping[str, Any]], own: str) -> dict[str, Any]:
+    """Every value that parameter groups have, by its key in ``--optim_args``; a list where they differ.
+
+    ``lr`` is that before the schedule, and ``weight_decay`` that of the groups that decay.
+
+    Args:
+        own: the rule whose keys have no prefix.
+    """
+    found: dict[str, list[Any]] = {"lr": [], "weight_decay": []}
+    for group in groups:
+        prefix = "" if group["algorithm"] == own else f"{group['algorithm']}_"
+        keys = {"lr": f"{prefix}lr", "weight_decay": "weight_decay"}
+        keys |= {key: prefix + key for key in RULES[group["algorithm"]].hyperparameters}
+        keys |= {key: key for key in SHARED if key != "maximize" or group[key]}
+        for key, name in keys.items():
+            value = group.get("initial_lr", group[key]) if key == "lr" else group[key]
+            value = value.item() if isinstance(value, Tensor) else value
+            if value not in (values := found.setdefault(name, [])):
+                values.append(value)
+    if len(found["weight_decay"]) > 1:  # norms and biases have none
+        found["weight_decay"] = [decay for decay in found["weight_decay"] if decay != 0]
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items() if values}
 
 
 def _keys(known: dict[str, Option]) -> str:

@@ -10,21 +10,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_cwd
 from hf_cwd.optimizer import CWDOptimizer
-from hf_cwd.rules import RULES
 from hf_cwd.sharding.zero import full_shape
 from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.log import warn_once
 from hf_cwd.trainer.naming import PREFIX, chosen, names
-from hf_cwd.trainer.options import effective, optimizer_arguments
+from hf_cwd.trainer.options import effective, of_groups, optimizer_arguments
 
 FILE = "cwd_run.json"
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "trl", "peft")
-SHARED = ("cautious", "mask", "kernel", "state_dtype", "master", "maximize")
 SECRET = ("token", "api_key", "password", "secret")
 
 
@@ -42,25 +40,7 @@ def settings(args: TrainingArguments, optimizer: Any = None) -> dict[str, Any]:
     made = isinstance(optimizer, CWDOptimizer)
     if algorithm is not None and (not made or optimizer.defaults["algorithm"] == algorithm):
         known = effective(algorithm, optimizer_arguments(args))
-    return known | (_of_groups(optimizer) if made else {})
-
-
-def _of_groups(optimizer: CWDOptimizer) -> dict[str, Any]:
-    own = optimizer.defaults["algorithm"]
-    found: dict[str, list[Any]] = {"lr": [], "weight_decay": []}
-    for group in optimizer.param_groups:
-        prefix = "" if group["algorithm"] == own else f"{group['algorithm']}_"
-        keys = {"lr": f"{prefix}lr", "weight_decay": "weight_decay"}
-        keys |= {key: prefix + key for key in RULES[group["algorithm"]].hyperparameters}
-        keys |= {key: key for key in SHARED if key != "maximize" or group[key]}
-        for key, name in keys.items():
-            value = group.get("initial_lr", group[key]) if key == "lr" else group[key]
-            value = value.item() if isinstance(value, Tensor) else value
-            if value not in (values := found.setdefault(name, [])):
-                values.append(value)
-    if len(found["weight_decay"]) > 1:  # norms and biases have none
-        found["weight_decay"] = [decay for decay in found["weight_decay"] if decay != 0]
-    return {name: values[0] if len(values) == 1 else values for name, values in found.items() if values}
+    return known | (of_groups(optimizer.param_groups, optimizer.defaults["algorithm"]) if made else {})
 
 
 def contents(args: TrainingArguments, model: nn.Module | None, optimizer: Any) -> dict[str, Any]:

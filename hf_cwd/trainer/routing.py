@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hf_cwd.groups import ROUTED_NAMES
 from hf_cwd.matrices import Layout
 from hf_cwd.sharding import agree
 from hf_cwd.sharding.zero import full_shape
@@ -87,7 +88,7 @@ class Routing:
                     split.setdefault((route.algorithm, route.layout), []).append((route.name, entry))
             for (algorithm, layout), entries in split.items():
                 names, params = map(list, zip(*entries, strict=True))
-                part = {**group, "params": params, "names": names, "algorithm": algorithm}
+                part = {**group, "params": params, ROUTED_NAMES: names, "algorithm": algorithm}
                 if algorithm == self._matrices:
                     first.append(part | {"layout": None if layout is None else layout.as_group_value()})
                 else:

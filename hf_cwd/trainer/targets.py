@@ -1,9 +1,9 @@
 """``--optim_target_modules``: the modules that Muon is restricted to."""
 
-import contextlib
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,18 +16,27 @@ class Targets:
     """``--optim_target_modules``, read as transformers reads it for its own optimizers."""
 
     def __init__(self, wanted: str | Sequence[str]) -> None:
-        if isinstance(wanted, str) and wanted.startswith("["):
-            with contextlib.suppress(json.JSONDecodeError):  # a regular expression can begin so, too
-                wanted = json.loads(wanted)
+        if isinstance(wanted, str) and wanted.lstrip().startswith("["):
+            wanted = _from_json(wanted)
         self._all_linear = isinstance(wanted, str) and wanted.replace("_", "-") == "all-linear"
-        self._entries = [wanted] if isinstance(wanted, str) else list(wanted)
         self._whole = isinstance(wanted, str)
+        entries = [wanted] if self._whole else wanted
+        if (
+            not isinstance(entries, list | tuple | set)
+            or not entries
+            or not all(isinstance(e, str) and e for e in entries)
+        ):
+            raise ValueError(
+                f"--optim_target_modules {wanted!r} names no modules: give a regular expression, a list of names or "
+                "all-linear"
+            )
+        self._entries = list(entries)
         self._used: dict[str, bool] = dict.fromkeys(self._entries, False)
         self._refused: dict[str, str] = {}
         for entry in self._entries:
             try:
                 re.compile(entry)
-            except (TypeError, re.error) as error:
+            except re.error as error:
                 raise ValueError(f"--optim_target_modules {entry!r} is not a regular expression: {error}") from None
 
     def restrict(self, found: Kind, p: Tensor, places: list[Place]) -> Kind:
@@ -57,3 +66,17 @@ class Targets:
             if not used:
                 why = self._refused.get(entry, "no module has such a name")
                 raise ValueError(f"--optim_target_modules {entry!r} names no matrix that {matrices} could take: {why}")
+
+
+def _from_json(text: str) -> Any:
+    """A JSON list, or the text itself where it is a regular expression that begins as one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # Names of modules have no quotes, and no commas outside of a quantifier: who writes them means a list.
+        if re.search("[\"',]", re.sub(r"\{\d*,\d*\}", "", text)):
+            raise ValueError(
+                f"--optim_target_modules {text!r} begins as a JSON list and is none: {error}. Write it as "
+                """'["q_proj", "v_proj"]', in quotes that keep the shell from reading it"""
+            ) from None
+        return text

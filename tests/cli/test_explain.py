@@ -184,7 +184,7 @@ def test_ranks_are_folded(explained, monkeypatch, tmp_path):
 
 
 def test_no_exchange_for_element_wise_rules(explained, tmp_path):
-    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    LlamaConfig(**{**TINY, "num_key_value_heads": 2}).save_pretrained(tmp_path)
     lines = explained(tmp_path, "--optim", "cwd_lion", "--layout", "fsdp2=2,tp=2")
     assert list(ranks(lines)) == ["0-3"]
     assert lines[-1].startswith("cwd_lion is element-wise: each rank steps what it holds")

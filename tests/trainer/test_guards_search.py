@@ -124,7 +124,7 @@ def test_a_search_over_names_and_options(arguments):
         ({"optim_args": ["mask=lt"]}, "mask='lt' is not valid"),
         ({"optim_args": ["maks=ge"]}, "Did you mean mask"),
         ({"weight_decay": [-0.1]}, "weight_decay=-0.1 is not valid"),
-        ({"adam_beta1": [1.5]}, r"betas=\(1.5, 0.999\) is not valid"),
+        ({"adam_beta1": [1.5]}, r"--adam_beta1=1.5 is not valid"),
         ({"optim": ["cwd_adam"]}, "cwd_adam is not a valid OptimizerNames"),
     ],
 )
