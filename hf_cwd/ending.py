@@ -11,7 +11,7 @@ import sys
 import time
 
 TASKS = "/proc/self/task"
-PATIENCE = 5.0  # seconds, after which a thread that never rests is left to itself
+PATIENCE = 60.0  # seconds, after which a thread that never rests is left to itself
 PAUSE = 0.02  # seconds; a thread that waits for Python wakes up every 0.005, and so is not taken for one that rests
 
 
