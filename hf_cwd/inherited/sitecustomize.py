@@ -14,7 +14,7 @@ sys.path[:] = [entry for entry in sys.path if entry != _here]
 def _import_hf_cwd():
     # Another environment has an hf_cwd of its own, or none. In that of the parent it is the parent's, which is perhaps
     # not installed: then the directory that it is in was the parent's working directory.
-    parents = os.environ.get("HF_CWD_PYTHON") == "%s %s" % (sys.version.split()[0], sys.prefix)
+    parents = os.environ.get("HF_CWD_PYTHON") == " ".join((sys.version.split()[0], sys.prefix))
     root = os.path.dirname(os.path.dirname(_here))
     is_added = parents and root not in sys.path
     if is_added:
@@ -30,8 +30,8 @@ sys.modules.pop("sitecustomize", None)
 try:
     import sitecustomize  # noqa: F401  the next one on the path; without one the error that Python expects then
 finally:
-    if sys.version_info >= (3, 11):
-        try:
+    if sys.version_info >= (3, 11):  # noqa: UP036
+        try:  # noqa: SIM105  contextlib takes longer to import than all of this
             _import_hf_cwd()
-        except Exception:  # a script that has no use for it must run; `hf-cwd doctor` says what is wrong
+        except Exception:  # whatever is wrong with it, a script that has no use for it must run
             pass
