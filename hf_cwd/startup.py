@@ -7,11 +7,10 @@ when hf_cwd is gone.
 
 import sys
 
-# What imports others of them comes first: whoever has waited for it has waited for those.
 MODULES = (
-    "transformers.trainer",
-    "transformers.trainer_optimizer",
     "transformers.training_args",
+    "transformers.trainer_optimizer",
+    "transformers.trainer",
     "transformers.hf_argparser",
     "trl.scripts._hf_argparser",  # TRL has a copy of its own
 )
@@ -21,13 +20,14 @@ def install():
     """Adds to those of the modules that are imported, and to the others as soon as they are. Twice does the same."""
     if not installed():
         sys.meta_path.insert(0, CWDFinder())
-    names = [name for name in MODULES if name in sys.modules]
-    # __import__ waits for another thread that is in the middle of importing one. That thread may be about to wait for
-    # hf_cwd, which only now is being imported: so wait first, and import nothing else until then.
-    for name in names:
-        __import__(name)
-    for name in reversed(names):
-        _add_to(sys.modules[name])
+    for name in MODULES:
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        if module.__spec__._initializing:
+            _add_after_import(module)
+        else:
+            _add_to(module)
 
 
 def installed():
@@ -39,6 +39,36 @@ def _add_to(module):
     import hf_cwd.trainer.names  # the whole path: a directory that was left behind imports as hf_cwd
 
     hf_cwd.trainer.names.add_to(module)
+
+
+def _add_after_import(module):
+    """Adds to a module that is being imported, perhaps by another thread.
+
+    To wait for that thread would be wrong: it may itself wait for hf_cwd, which is being imported here. How a module is
+    marked as imported is Python's own business, and has been the same since 3.4.
+    """
+    spec, plain = module.__spec__, type(module.__spec__)
+
+    class Watched(plain):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_initializing" and not value:
+                self.__class__ = plain
+                if sys.modules.get(self.name) is module:
+                    _add_or_report(module)
+
+    spec.__class__ = Watched
+    if not spec._initializing:  # it was imported just now
+        _add_to(module)
+
+
+def _add_or_report(module):
+    try:
+        _add_to(module)
+    except Exception as error:
+        for finder in installed():
+            sys.meta_path.remove(finder)
+        _report(error)
 
 
 class CWDFinder:
@@ -56,25 +86,22 @@ class CWDFinder:
         for finder in finders:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
-                self._add_after(spec.loader)
+                _add_after_execution(spec.loader)
                 return spec
         return None
 
-    def _add_after(self, loader):
-        # A loader belongs to one spec. Shadowing one method of it leaves its type, and so get_source() and
-        # importlib.resources, as they were.
-        execute = loader.exec_module
 
-        def exec_module(module):
-            vars(loader).pop("exec_module", None)
-            execute(module)
-            try:
-                _add_to(module)
-            except Exception as error:
-                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-                _report(error)
+def _add_after_execution(loader):
+    # A loader belongs to one spec. Shadowing one method of it leaves its type, and so get_source() and
+    # importlib.resources, as they were.
+    execute = loader.exec_module
 
-        loader.exec_module = exec_module
+    def exec_module(module):
+        vars(loader).pop("exec_module", None)
+        execute(module)
+        _add_or_report(module)
+
+    loader.exec_module = exec_module
 
 
 def _report(error):

@@ -26,7 +26,7 @@ def _import_hf_cwd():
             sys.path.remove(root)
 
 
-sys.modules.pop("sitecustomize", None)
+_this = sys.modules.pop("sitecustomize", None)  # Python 2 would empty a module that nobody holds
 try:
     import sitecustomize  # noqa: F401  the next one on the path; without one the error that Python expects then
 finally:
