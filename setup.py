@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_cwd", "hf_cwd.*"]),
-    package_data={"hf_cwd.kernels": ["*.c", "*.h"], "hf_cwd.report": ["*.css"]},
+    package_data={"hf_cwd": ["inherited/*.py"], "hf_cwd.kernels": ["*.c", "*.h"], "hf_cwd.report": ["*.css"]},
     ext_modules=[Extension("hf_cwd.kernels.cwd", ["hf_cwd/kernels/cwd.c"], optional=True)],
     cmdclass={"build_ext": BuildKernel},
     install_requires=["torch>=2.11", "transformers>=5.2", "accelerate>=1.1", "xxhash>=3"],

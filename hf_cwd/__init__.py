@@ -3,10 +3,10 @@
 Importing it makes ``cwd_*`` values of ``--optim``, before or after transformers is, and imports neither that nor torch.
 """
 
+import atexit
 import importlib
-from typing import Any
 
-from hf_cwd import startup
+from hf_cwd import ending, startup
 
 __version__ = "0.1.0"
 __all__ = ["CWDSGD", "CWDAdamW", "CWDArgumentsMixin", "CWDLion", "CWDMuon", "CWDOptimizer", "CWDTrainer",
@@ -16,7 +16,7 @@ _HOMES = {"CWDOptimizer": "optimizer", "StepStatistics": "measure", "cautious_ma
           "CWDArgumentsMixin": "trainer.arguments", "CWDTrainingArguments": "trainer.arguments"}  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES.get(name, "optimizers")
@@ -27,4 +27,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+atexit.register(ending.settle)
 startup.install()

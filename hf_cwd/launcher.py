@@ -1,24 +1,39 @@
-"""Runs a script or a module with the optimizer names known, as the interpreter itself would run it."""
+"""Runs a script, a module or code with the optimizer names known, as the interpreter itself would run it.
+
+The processes that it starts know them as well: by the directory ``inherited`` on PYTHONPATH, where Python finds a
+sitecustomize.
+"""
 
 import os
 import pkgutil
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import BuiltinImporter, SourceFileLoader
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import hf_cwd
 
 USAGE = """usage: {program} [--name=value ...] SCRIPT.py [arguments of the script]
        {program} [--name=value ...] -m MODULE [arguments of the module]
+       {program} [--name=value ...] -c CODE [arguments of the code]
+       {program} [--name=value ...] - [arguments of the code on standard input]
+       {program} COMMAND [arguments of the command]
+       {program} --help | --version
 
-Runs a training script, unmodified, with --optim cwd_adamw, cwd_lion, cwd_muon and cwd_sgd available. A directory or a
-zip file with a __main__.py is a script too. --name=value before the script becomes its first argument: it is there that
-the launcher of DeepSpeed puts --local_rank=N."""
+Runs a training script, unmodified, with --optim cwd_adamw, cwd_lion, cwd_muon and cwd_sgd available, also in the
+processes that it starts. A directory or a zip file with a __main__.py is a script too. COMMAND is one of the PATH that
+starts Python, such as trl, accelerate or torchrun. --name=value before the script becomes its first argument: it is
+there that the launcher of DeepSpeed puts --local_rank=N."""
 
 
 def main(arguments: Sequence[str], program: str = "python -m hf_cwd") -> None:
-    """Runs what `arguments` name, in the module ``__main__``; returns when, and only if, it ends without an error."""
+    """Runs what `arguments` name, in the module ``__main__``; returns when, and only if, it ends without an error.
+
+    A command takes the place of this process.
+    """
     usage = USAGE.format(program=program)
 
     def refuse(reason: str) -> NoReturn:
@@ -27,27 +42,73 @@ def main(arguments: Sequence[str], program: str = "python -m hf_cwd") -> None:
 
     flags = []
     rest = list(arguments)
-    while rest and rest[0].startswith("-") and rest[0] != "-m":
+    while rest and rest[0].startswith("-") and rest[0] not in WAYS:
         if rest[0] in ("-h", "--help"):
             print(usage)
+            return
+        if rest[0] == "--version":
+            print(f"hf_cwd {hf_cwd.__version__}")
             return
         if not rest[0].startswith("--") or "=" not in rest[0]:
             refuse(f"{rest[0]!r} before the script: write --name=value, or put it after the script")
         flags.append(rest.pop(0))
     if not rest:
         refuse("no script given")
-    if rest[0] == "-m":
-        if len(rest) < 2:
-            refuse("-m needs the name of a module")
-        _, name, *rest = rest
-        sys.argv = ["-m", *flags, *rest]  # what the interpreter shows until it has found the module
-        _set_first_path(os.getcwd())
-        _run(name)
-        return
-    script, *rest = rest
-    if not os.path.exists(script):
-        refuse(f"there is no script {script!r} in {os.getcwd()}")
-    sys.argv = [script, *flags, *rest]
+    _hand_down()
+    what, *rest = rest
+    try:
+        if what in WAYS:
+            WAYS[what](flags, rest)
+        elif os.path.exists(what):
+            _run_path(what, [what, *flags, *rest])
+        else:
+            _run_command(what, [what, *flags, *rest])
+    except _UsageError as error:
+        refuse(str(error))
+
+
+class _UsageError(Exception):
+    """Nothing has been run yet."""
+
+
+def _hand_down() -> None:
+    """Has the processes that inherit this environment import hf_cwd when they start."""
+    directory = os.path.join(os.path.dirname(os.path.abspath(__file__)), "inherited")
+    given = os.environ.get("PYTHONPATH")
+    others = [entry for entry in given.split(os.pathsep) if entry != directory] if given else []
+    os.environ["PYTHONPATH"] = os.pathsep.join([directory, *others])
+    os.environ["HF_CWD_PYTHON"] = f"{sys.version.split()[0]} {sys.prefix}"
+
+
+def _run_module(flags: list[str], rest: list[str]) -> None:
+    if not rest:
+        raise _UsageError("-m needs the name of a module")
+    name, *rest = rest
+    sys.argv = ["-m", *flags, *rest]  # what the interpreter shows until it has found the module
+    _set_first_path(os.getcwd())
+    _run(name)
+
+
+def _run_code(flags: list[str], rest: list[str]) -> None:
+    if not rest:
+        raise _UsageError("-c needs the code")
+    code, *rest = rest
+    sys.argv = ["-c", *flags, *rest]
+    _set_first_path("")
+    _run("<string>", code, {"__loader__": BuiltinImporter})
+
+
+def _run_input(flags: list[str], rest: list[str]) -> None:
+    sys.argv = ["-", *flags, *rest]
+    _set_first_path("")
+    _run("<stdin>", sys.stdin.buffer.read(), {"__loader__": BuiltinImporter, "__file__": "<stdin>", "__cached__": None})
+
+
+WAYS = {"-m": _run_module, "-c": _run_code, "-": _run_input}
+
+
+def _run_path(script: str, argv: list[str]) -> None:
+    sys.argv = argv
     path = os.path.join(os.getcwd(), script)  # not normalised: the interpreter does not either
     if pkgutil.get_importer(path) is not None:  # a directory or a zip file
         if sys.flags.safe_path:
@@ -60,9 +121,19 @@ def main(arguments: Sequence[str], program: str = "python -m hf_cwd") -> None:
         with open(path, "rb") as file:
             source = file.read()
     except OSError as error:
-        refuse(f"cannot open the script {script!r}: {error.strerror}")
+        raise _UsageError(f"cannot open the script {script!r}: {error.strerror}") from None
     _set_first_path(os.path.dirname(os.path.realpath(path)))
-    _run(path, source)
+    _run(path, source, {"__loader__": SourceFileLoader("__main__", path), "__file__": path, "__cached__": None})
+
+
+def _run_command(name: str, argv: list[str]) -> NoReturn:
+    command = shutil.which(name)
+    if command is None:
+        raise _UsageError(f"there is no script {name!r} in {os.getcwd()}, and no command of that name")
+    try:
+        os.execv(command, argv)
+    except OSError as error:
+        raise _UsageError(f"cannot run the command {command}: {error.strerror}") from None
 
 
 def _set_first_path(directory: str) -> None:
@@ -71,8 +142,8 @@ def _set_first_path(directory: str) -> None:
         sys.path[0] = directory
 
 
-def _run(name: str, source: bytes | None = None) -> None:
-    """Runs the source of the file `name` or, without one, the module `name`."""
+def _run(name: str, source: str | bytes | None = None, attributes: dict[str, Any] | None = None) -> None:
+    """Runs the source of the file `name` as a module with these attributes or, without a source, the module `name`."""
     # The module object stays: dill and others keep the one that they found when they were imported.
     namespace = sys.modules["__main__"].__dict__
     fresh = {"__name__": "__main__", "__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
@@ -83,7 +154,7 @@ def _run(name: str, source: bytes | None = None) -> None:
         if source is None:
             runpy._run_module_as_main(name, alter_argv=sys.argv[0] == "-m")
         else:
-            namespace.update(__loader__=SourceFileLoader("__main__", name), __file__=name, __cached__=None)
+            namespace.update(attributes)
             exec(compile(source, name, "exec", dont_inherit=True), namespace)
     except SystemExit:
         raise

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.trainer.conftest import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = ROOT / "tests/trainer/scripts/imports.py"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -95,3 +98,29 @@ def write_material(folder: Path) -> None:
     tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=320, show_progress=False, **options))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "model")
     tiny_llama(vocab_size=320).save_pretrained(folder / "model")
+
+
+class Environment:
+    """A virtual environment that borrows every package of this one, except hf_cwd, which it has as a link."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=False, symlinks=True)
+        self.python = folder / "bin/python"
+        (self.site_packages,) = folder.glob("lib/python*/site-packages")
+        borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        (self.site_packages / "borrowed.pth").write_text("\n".join(borrowed))  # not the .pth files in there
+        self.package = self.site_packages / "hf_cwd"
+        self.package.symlink_to(ROOT / "hf_cwd")
+        self.cwd = folder
+
+    def start(self, *command, **environment):
+        return start(*command, python=self.python, cwd=self.cwd, PYTHONDONTWRITEBYTECODE="", **environment)
+
+    def launch(self, *command, **environment):
+        return launch(*command, python=self.python, cwd=self.cwd, PYTHONDONTWRITEBYTECODE="", **environment)
+
+    def modules(self, *options) -> set[str]:
+        """What is imported when Python has started."""
+        return set(
+            json.loads(self.launch(*options, "-c", "import sys, json; print(json.dumps([*sys.modules]))").stdout)
+        )

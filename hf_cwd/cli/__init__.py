@@ -4,6 +4,10 @@ import argparse
 import importlib
 import sys
 
+import hf_cwd
+from hf_cwd import launcher
+from hf_cwd.cli.errors import nearest
+
 COMMANDS = {
     "run": ("hf_cwd.launcher", "run a script, unmodified, with the optimizer names known"),
     "enable": ("hf_cwd.cli.enable", "make the optimizer names known to every script of this Python environment"),
@@ -14,17 +18,37 @@ COMMANDS = {
 }
 
 
+VERSION = f"hf_cwd {hf_cwd.__version__}"
+
+
 def main() -> int | None:
     asked = sys.argv[1] if len(sys.argv) > 1 else None
-    module = importlib.import_module(COMMANDS[asked][0]) if asked in COMMANDS else None
     if asked == "run":  # the flags of a script are not ours to parse
-        return module.main(sys.argv[2:], program="hf-cwd run")
+        return launcher.main(sys.argv[2:], program="hf-cwd run")
     parser = argparse.ArgumentParser("hf-cwd", description="Cautious Weight Decay for the Hugging Face Trainer.")
-    parsers = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=VERSION)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands = {name: parsers.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
-    if module is not None:
-        module.add_arguments(commands[asked])
+    if asked in COMMANDS:
+        return _command(asked, parser, commands[asked])
+    if asked in ("-h", "--help", "--version"):
+        parser.parse_args()
+    if asked is None:
+        parser.print_help(sys.stderr)
+        return 2
+    kind = "option" if asked.startswith("-") else "command"
+    parser.error(f"there is no {kind} {asked!r}{nearest(asked, [*COMMANDS, '--help', '--version'])}")
+
+
+def _command(name: str, parser: argparse.ArgumentParser, own: argparse.ArgumentParser) -> int | None:
+    module = importlib.import_module(COMMANDS[name][0])
+    own.add_argument("--version", action="version", version=VERSION)
+    module.add_arguments(own)
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        near = nearest(unknown[0].partition("=")[0], own._option_string_actions)
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     try:
-        return module.main(parser.parse_args())  # which ends the program, unless a known command was asked for
+        return module.main(args)
     except ValueError as error:
-        commands[asked].exit(2, f"hf-cwd {asked}: error: {error}\n")
+        own.exit(2, f"hf-cwd {name}: error: {error}\n")

@@ -10,18 +10,17 @@ down its settings, and note which model a Trainer has, and a look at the checkpo
 import argparse
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from hf_cwd import startup
 from hf_cwd.trainer.naming import names, unknown_name
 from hf_cwd.trainer.options import check_finished_arguments, check_training_arguments, handler
 
-_lock = threading.RLock()
+_lock = threading.Lock()  # never held while anything is imported, which may wait for a thread that waits for it
 # In this order: what is measured stands in a log before it is looked at.
 _CALLBACKS = {
     "hf_cwd.trainer.diagnostics": "DiagnosticsCallback",
@@ -31,26 +30,24 @@ _CALLBACKS = {
     "hf_cwd.trainer.models": "ModelCallback",
 }
 _RESUMES = "hf_cwd.trainer.resumes"  # what the plain Trainer is given beside its callbacks
-_PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")  # TRL has a copy of its own
+_PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")
 
 
 def register() -> None:
     """Registers the names now if transformers is imported, else as soon as it is. Any number of calls do the same."""
-    with _lock:
-        if _finder not in sys.meta_path:
-            sys.meta_path.insert(0, _finder)
-    for module in _ACTIONS:
-        if module in sys.modules:
-            # Waits for another thread that is in the middle of importing it.
-            _ACTIONS[module](importlib.import_module(module))
+    startup.install()
+
+
+def add_to(module: ModuleType) -> None:
+    """Adds to one of :data:`hf_cwd.startup.MODULES`, which has been executed. Any number of calls do the same."""
+    _ACTIONS[module.__name__](module)
 
 
 def unregister() -> None:
     """Undoes :func:`register` completely."""
     with _lock:
-        # Also those that only wait to call register().
-        ours = (__name__, "hf_cwd.startup", "_hf_cwd_startup")
-        sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ not in ours]
+        for finder in startup.installed():
+            sys.meta_path.remove(finder)
         arguments = sys.modules.get("transformers.training_args")
         if arguments is not None:
             optimizers = sys.modules.get("transformers.trainer_optimizer")
@@ -97,16 +94,18 @@ def _on_training_args(module: ModuleType) -> None:
 
 def _on_trainer_optimizer(module: ModuleType) -> None:
     # Before 5.2 there is no such table; check_training_arguments says so to whoever asks for one of our names.
-    for name in names():
-        getattr(module, "_OPTIMIZER_HANDLERS", {})[module.OptimizerNames(name)] = handler
+    handlers = getattr(module, "_OPTIMIZER_HANDLERS", {})
+    with _lock:
+        for name in names():
+            handlers[_add_member(module.OptimizerNames, name)] = handler
 
 
 def _on_trainer(module: ModuleType) -> None:
-    for home, name in _CALLBACKS.items():
-        callback = getattr(importlib.import_module(home), name)
-        if callback not in module.DEFAULT_CALLBACKS:
-            module.DEFAULT_CALLBACKS.append(callback)
-    importlib.import_module(_RESUMES).install(module)
+    callbacks = [getattr(importlib.import_module(home), name) for home, name in _CALLBACKS.items()]
+    resumes = importlib.import_module(_RESUMES)
+    with _lock:
+        module.DEFAULT_CALLBACKS += [callback for callback in callbacks if callback not in module.DEFAULT_CALLBACKS]
+        resumes.install(module)
 
 
 def _on_hf_argparser(module: ModuleType) -> None:
@@ -140,41 +139,10 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module of ``_ACTIONS``, and runs its action right after it was executed."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        action = _ACTIONS.get(fullname)
-        if action is None:
-            return None
-        for finder in list(sys.meta_path):
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                break
-        else:
-            return None
-        # A loader belongs to one spec. Shadowing one method of it leaves its type, and so get_source() and
-        # importlib.resources, as they were.
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            del spec.loader.exec_module
-            execute(module)
-            action(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-_finder = _Finder()
-
-
-def _add_member(enum: Any, value: str) -> None:
-    """Adds a member to a ``str`` enum, as if it stood in the class (Python 3.11 to 3.13)."""
+def _add_member(enum: Any, value: str) -> Any:
+    """The member of a ``str`` enum, added where it is missing as if it stood in the class (Python 3.11 to 3.13)."""
     if value in enum._value2member_map_:
-        return
+        return enum._value2member_map_[value]
     new = str.__new__(enum, value)
     new._name_ = value.upper()
     new._value_ = value
@@ -189,6 +157,7 @@ def _add_member(enum: Any, value: str) -> None:
     enum._member_names_.append(new._name_)
     if hasattr(enum, "_hashable_values_"):  # Python 3.13
         enum._hashable_values_.append(value)
+    return new
 
 
 def _remove_member(enum: Any, value: str) -> None:

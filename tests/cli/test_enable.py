@@ -3,14 +3,13 @@
 import json
 import os
 import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_cwd.rules import RULES
-from tests.launching import ROOT, finish, flags, launch, start, write_material
+from tests.launching import IMPORTS, ROOT, Environment, finish, flags, start, write_material
 
 COMMAND = ("-c", "import sys; from hf_cwd.cli import main; sys.exit(main())")
 SCRIPT = ROOT / "tests/trainer/scripts/unmodified.py"
@@ -19,34 +18,10 @@ OURS = {f"cwd_{rule}" for rule in RULES}
 FILES = ["_hf_cwd_startup.pth", "_hf_cwd_startup.py"]
 
 
-class Environment:
-    """A virtual environment that borrows every package of this one, except hf_cwd, which it has as a link."""
-
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder, with_pip=False, symlinks=True)
-        self.python = folder / "bin/python"
-        (self.site_packages,) = folder.glob("lib/python*/site-packages")
-        borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        (self.site_packages / "borrowed.pth").write_text("\n".join(borrowed))  # not the .pth files in there
-        self.package = self.site_packages / "hf_cwd"
-        self.package.symlink_to(ROOT / "hf_cwd")
-        self.cwd = folder
-
-    def start(self, *command, **environment):
-        return start(*command, python=self.python, cwd=self.cwd, PYTHONDONTWRITEBYTECODE="", **environment)
-
-    def launch(self, *command, **environment):
-        return launch(*command, python=self.python, cwd=self.cwd, PYTHONDONTWRITEBYTECODE="", **environment)
-
-    def files(self) -> list[str]:
-        found = [path for path in self.site_packages.rglob("*startup*") if not path.is_relative_to(self.package)]
-        return sorted(str(path.relative_to(self.site_packages)) for path in found)
-
-    def modules(self, *options) -> set[str]:
-        """What is imported when Python has started."""
-        return set(
-            json.loads(self.launch(*options, "-c", "import sys, json; print(json.dumps([*sys.modules]))").stdout)
-        )
+def files(environment: Environment) -> list[str]:
+    """What `enable` wrote, and what Python compiled of it."""
+    found = [path for path in environment.site_packages.rglob("*startup*") if ROOT not in path.resolve().parents]
+    return sorted(str(path.relative_to(environment.site_packages)) for path in found)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +36,7 @@ def test_enable_and_disable(tmp_path):
     environment = Environment(tmp_path)
     before = environment.modules()
     first = environment.launch(*COMMAND, "enable").stdout
-    assert environment.files() == FILES
+    assert files(environment) == FILES
     for name in FILES:
         assert f"wrote {environment.site_packages / name}\n" in first
     assert f"{environment.python} now knows --optim cwd_adamw, cwd_lion" in first
@@ -74,10 +49,10 @@ def test_enable_and_disable(tmp_path):
     assert "_hf_cwd_startup" not in environment.modules("-S")
     assert "_hf_cwd_startup" in environment.modules("-I")
     assert not before & {"torch", "transformers", "hf_cwd"}
-    (compiled,) = set(environment.files()) - set(FILES)
+    (compiled,) = set(files(environment)) - set(FILES)
 
     last = environment.launch(*COMMAND, "disable").stdout
-    assert environment.files() == []
+    assert files(environment) == []
     for name in (*FILES, compiled):
         assert f"removed {environment.site_packages / name}\n" in last
     assert environment.modules() == before
@@ -114,6 +89,11 @@ def test_an_import_of_hf_cwd_and_enable_do_not_meet(enabled):
         assert (result.returncode, result.stderr) == (0, "")
         for names in result.stdout.splitlines():
             assert sorted(name for name in eval(names) if name.startswith("cwd_")) == sorted(OURS)
+
+
+def test_modules_may_be_imported_by_several_threads(enabled):
+    result = enabled.launch(IMPORTS, "transformers", "trl", "accelerate", "transformers.trainer", "torch")
+    assert set(eval(result.stdout)) >= OURS
 
 
 def test_without_hf_cwd_everything_else_works(enabled, tmp_path):
@@ -170,13 +150,13 @@ def test_what_cannot_be_enabled_is_refused(tmp_path):
     assert read_only.stderr.startswith(f"hf-cwd enable: error: cannot enable hf_cwd in {environment.site_packages}: ")
     assert "Permission denied" in read_only.stderr
     assert "use a virtual environment, or start scripts with `python -m hf_cwd script.py`" in read_only.stderr
-    assert environment.files() == []
+    assert files(environment) == []
 
     (environment.site_packages / FILES[0]).mkdir()
     in_the_way = finish(environment.start(*COMMAND, "enable"))
     assert in_the_way.returncode == 2
     assert "Is a directory" in in_the_way.stderr
-    assert environment.files() == FILES, "no draft is left"
+    assert files(environment) == FILES, "no draft is left"
     (environment.site_packages / FILES[0]).rmdir()
     (environment.site_packages / FILES[1]).unlink()
 
@@ -184,4 +164,4 @@ def test_what_cannot_be_enabled_is_refused(tmp_path):
     result = finish(environment.start(*COMMAND, "enable", PYTHONPATH=str(ROOT)))
     assert result.returncode == 2
     assert f"hf-cwd enable: error: hf_cwd is not installed in {tmp_path}: install it" in result.stderr
-    assert environment.files() == []
+    assert files(environment) == []

@@ -21,7 +21,7 @@ from hf_cwd.sharding.pieces import Mesh, everywhere
 from hf_cwd.sharding.plan import flops_per_byte, plan
 from hf_cwd.trainer.options import optimizer_arguments
 from scripts import cpu_ranks
-from tests.launching import ROOT, finish, free_port, start
+from tests.launching import ROOT, free_port, launch
 from tests.trainer.architectures import MODELS
 
 SIZES = {"vocab_size": 66, "hidden_size": 32, "num_hidden_layers": 2}
@@ -136,7 +136,6 @@ def rank_main(rank: int, world: int, folder: Path) -> None:
         else:
             results["architectures"][name] = compared(model, real, layout)
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    os._exit(0)  # gloo's threads may abort a process whose work is done
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +145,7 @@ def ranks(tmp_path_factory):
     for world in CASES:
         folder = tmp_path_factory.mktemp("ranks")
         network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-        ended = finish(start(__file__, folder, cwd=folder, PYTHONPATH=str(ROOT), **network))
-        assert all((folder / f"{rank}.json").exists() for rank in range(world)), ended.stderr
+        launch(__file__, folder, cwd=folder, PYTHONPATH=str(ROOT), **network)
         results[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return results
 
@@ -258,3 +256,4 @@ if __name__ == "__main__":
         process.start()
     for process in processes:
         process.join()
+    sys.exit(any(process.exitcode for process in processes))

@@ -28,9 +28,11 @@ def results(tmp_path_factory):
         # DeepSpeed names its shared memory by the port: two runs on one machine must not share it.
         switches = {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port()), **QUIET}
         ranks = [start(*command, cwd=ROOT, RANK=str(rank), **switches) for rank in range(world)]
-        errors = "".join(result.stderr for result in finish_all(ranks))
         files = [folder / f"{world}-{rank}.json" for rank in range(world)]
-        return [json.loads(file.read_text()) if file.exists() else {"errors": errors} for file in files]
+        return [
+            {"errors": rank.stderr} if rank.returncode else json.loads(file.read_text())
+            for rank, file in zip(finish_all(ranks), files, strict=True)
+        ]
 
     return of
 

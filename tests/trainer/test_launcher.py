@@ -1,9 +1,10 @@
 """``python -m hf_cwd`` and every launcher: scripts that know nothing of us, in real processes."""
 
-import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import hf_cwd
 from hf_cwd import launcher
-from tests.launching import ROOT, finish, flags, free_port, launch, start, write_material
+from tests.launching import ROOT, Environment, finish, flags, free_port, launch, start, write_material
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LAUNCHED = ("-m", "hf_cwd")
@@ -111,8 +113,13 @@ def test_a_flag_before_the_script_becomes_its_first_argument(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.py", "--optim", "cwd_adamw"], "there is no script 'missing.py' in {cwd}"),
+        (
+            ["missing.py", "--optim", "cwd_adamw"],
+            "there is no script 'missing.py' in {cwd}, and no command of that name",
+        ),
         (["-m"], "-m needs the name of a module"),
+        (["-c"], "-c needs the code"),
+        (["-V", "script.py"], "'-V' before the script"),
         ([], "no script given"),
         (["--x=1"], "no script given"),
         (["--local_rank", "0", "script.py"], "'--local_rank' before the script: write --name=value"),
@@ -121,6 +128,8 @@ def test_a_flag_before_the_script_becomes_its_first_argument(tmp_path):
 )
 def test_wrong_use(arguments, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    for name in ("PYTHONPATH", "HF_CWD_PYTHON"):  # which the launcher sets, and monkeypatch sets back
+        monkeypatch.setenv(name, "")
     with pytest.raises(SystemExit) as stopped:
         launcher.main(arguments)
     assert stopped.value.code == 2
@@ -129,9 +138,11 @@ def test_wrong_use(arguments, message, monkeypatch, tmp_path, capsys):
     assert f"python -m hf_cwd: error: {message.format(cwd=tmp_path)}" in errors
 
 
-def test_help(capsys):
+def test_help_and_version(capsys):
     launcher.main(["--help"], program="hf-cwd run")
     assert capsys.readouterr().out.startswith("usage: hf-cwd run [--name=value ...] SCRIPT.py")
+    launcher.main(["--version"])
+    assert capsys.readouterr().out == f"hf_cwd {hf_cwd.__version__}\n"
 
 
 def reports(folder):
@@ -171,21 +182,136 @@ def test_one_process(material, tmp_path):
     assert losses["script"] == losses["module"] == losses["import"]
 
 
-def test_a_script_that_nobody_here_wrote(material, tmp_path):
-    """TRL's own sft.py, where it is installed."""
-    script = Path(importlib.util.find_spec("trl").origin).parent / "scripts/sft.py"
+def test_a_command_that_nobody_here_wrote(material, tmp_path):
+    """TRL's own, which parses --optim, then has `accelerate launch` run its script in other processes."""
     options = ["--model_name_or_path", material / "model", "--dataset_name", material / "data", "--use_cpu"]
     options += ["--bf16", "false", "--max_steps", 2, "--weight_decay", 0.1, "--max_length", 32, "--report_to", "none"]
-    result = launch(*LAUNCHED, script, "--optim", "cwd_lion", "--output_dir", "sft", *options, cwd=tmp_path)
+    path = os.pathsep.join([str(COMMANDS), os.environ["PATH"]])
+    command = ("trl", "sft", "--optim", "cwd_lion", "--output_dir", "sft", *options)
+    result = launch(*LAUNCHED, *command, cwd=tmp_path, PATH=path, HF_HOME=str(tmp_path / "home"))
     assert "[hf_cwd] cwd_lion lr=" in result.stderr
     saved = torch.load(tmp_path / "sft/checkpoint-2/optimizer.pt", weights_only=True)
     assert {group["algorithm"] for group in saved["param_groups"]} == {"lion"}
 
 
+CHILD = """
+import json, os, sys
+print(json.dumps({
+    "path": sys.path, "argv": sys.argv, "existing": getattr(sys, "existing", None),
+    "knows": any(type(finder).__name__ == "CWDFinder" for finder in sys.meta_path),
+    "loaded": sorted({"torch", "transformers"} & set(sys.modules)),
+    "handed down": os.environ.get("PYTHONPATH", "").count("inherited"),
+    "sitecustomize": getattr(sys.modules.get("sitecustomize"), "__file__", None),
+}))
+"""
+PARENT = """
+import json, subprocess, sys
+run = [subprocess.run(command, capture_output=True, text=True) for command in json.loads(sys.argv[1])]
+print(json.dumps([[*map(json.loads, done.stdout.splitlines()), done.stderr, done.returncode] for done in run]))
+"""
+
+
+def children(python, way, *commands, cwd, PYTHONPATH=""):  # noqa: N803
+    """What children of a process say of themselves, which was started in this way."""
+    command = [*way, "-c", PARENT, json.dumps([[str(part) for part in command] for command in commands])]
+    return json.loads(launch(*command, python=python, cwd=cwd, PYTHONPATH=PYTHONPATH).stdout)
+
+
+def test_children_know_the_names_and_find_everything_else_as_it_was(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/sitecustomize.py").write_text("import sys; sys.existing = getattr(sys, 'existing', 0) + 1")
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    reached = [[sys.executable, script, "--flag"], [sys.executable, *LAUNCHED, script, "--flag"]]
+    spared = [[sys.executable, flag, script] for flag in ("-E", "-I", "-S")]
+    places = {"cwd": tmp_path, "PYTHONPATH": os.pathsep.join([str(tmp_path / "home"), str(ROOT)])}
+    launched = children(sys.executable, LAUNCHED, *reached, *spared, **places)
+    direct = children(sys.executable, (), *reached[:1], *reached[:1], *spared, **places)
+    for (ours, *end), (theirs, *_) in zip(launched, direct, strict=True):
+        assert end == ["", 0]
+        assert (ours["argv"], ours["loaded"], ours["existing"]) == (theirs["argv"], [], theirs["existing"])
+        assert ours["sitecustomize"] == theirs["sitecustomize"]
+        assert (ours["handed down"], theirs["handed down"], theirs["knows"]) == (1, 0, False)
+        if "-S" not in ours["argv"]:
+            found = [entry for entry in ours["path"] if not entry.endswith("inherited")]
+            assert found == theirs["path"]
+    assert [child["knows"] for child, *_ in launched] == [True, True, False, False, False]
+    assert [child["existing"] for child, *_ in launched] == [1, 1, None, None, None]
+    assert all(child["path"] == theirs["path"] for (child, *_), (theirs, *_) in zip(launched[:4], direct, strict=False))
+
+
+def test_children_of_an_hf_cwd_that_is_not_installed(tmp_path):
+    """Those of the same environment know it, others do not notice; and so for one in a zip file."""
+    home, other = (Environment(tmp_path / name) for name in ("home", "other"))
+    for environment in (home, other):
+        environment.package.unlink()
+    with zipfile.ZipFile(tmp_path / "hf_cwd.zip", "w") as archive:
+        for file in (ROOT / "hf_cwd").rglob("*.py"):
+            archive.write(file, file.relative_to(ROOT))
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    commands = [[environment.python, script] for environment in (home, other)]
+    zipped = f"import sys; sys.path.insert(0, {str(tmp_path / 'hf_cwd.zip')!r}); from hf_cwd import launcher; "
+    zipped += "launcher.main(sys.argv[1:])"
+    direct = children(home.python, (), *commands, cwd=tmp_path)
+    # The working directory, which is where hf_cwd is, is none of the children's, whose script is elsewhere.
+    for way, cwd in {LAUNCHED: ROOT, ("-c", zipped): tmp_path}.items():
+        found = children(home.python, way, *commands, cwd=cwd)
+        assert [end for _, *end in found] == [["", 0], ["", 0]]
+        assert [child["knows"] for child, *_ in found] == [True, False]
+        assert [child["path"] for child, *_ in found] == [child["path"] for child, *_ in direct]
+        assert [child["loaded"] for child, *_ in found] == [[], []]
+    names = "from transformers.training_args import OptimizerNames as names; print(names('cwd_adamw').value)"
+    script.write_text(names)
+    run = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, {str(script)!r}]))"
+    assert launch(*LAUNCHED, "-c", run, python=home.python, cwd=ROOT).stdout == "cwd_adamw\n"
+
+
+def test_spawned_processes_know_the_names(tmp_path):
+    """Also those of a server that forks: neither is a copy of this process."""
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing, sys\n"
+        "def knows(_):\n"
+        "    return [type(finder).__name__ for finder in sys.meta_path].count('CWDFinder')\n"
+        "if __name__ == '__main__':\n"
+        "    for method in ('spawn', 'forkserver', 'fork'):\n"
+        "        with multiprocessing.get_context(method).Pool(1) as pool:\n"
+        "            print(pool.map(knows, [0]))\n"
+    )
+    assert launch(*LAUNCHED, "script.py", cwd=tmp_path).stdout == "[1]\n" * 3
+
+
+CODE = """
+import sys
+print({key: str(value) for key, value in globals().items() if key not in ("sys", "__builtins__")}, sys.argv, sys.path)
+print(sys.stdin.read(), file=sys.stderr)
+def fail():
+    int("three")
+if "error" in sys.argv:
+    fail()
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("ending", ["error", "status"])
+@pytest.mark.parametrize("way", ["-c", "-"])
+def test_code_runs_as_under_python(way, ending, tmp_path):
+    results = []
+    for prefix in ((), LAUNCHED):
+        command = [sys.executable, *prefix, *(["-c", CODE] if way == "-c" else ["-"]), ending, "--flag=1"]
+        text = "some text" if way == "-c" else CODE
+        done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        results.append((done.returncode, done.stdout, done.stderr))
+    assert results[0] == results[1]
+    assert results[0][0] == {"error": 1, "status": 3}[ending]
+    assert f"['{way}', '{ending}', '--flag=1']" in results[0][1]
+
+
 ACCELERATE = (COMMANDS / "accelerate", "launch", "--main_process_port", 0)
 LAUNCHERS = {
     # On a CPU, too: MULTI_CPU and --cpu start a single process, without a word.
-    "accelerate": [*ACCELERATE, "--multi_gpu", "--num_processes", 2, *LAUNCHED],
+    # Started by us instead of starting us: what it starts knows the names as well.
+    "accelerate": [*LAUNCHED, *ACCELERATE, "--multi_gpu", "--num_processes", 2],
     "accelerate's file": [*ACCELERATE, "--config_file", ROOT / "configs/accelerate/ddp.yaml", *LAUNCHED],
     "torchrun": [COMMANDS / "torchrun", "--standalone", "--nproc_per_node", 2, *LAUNCHED],
     "deepspeed": [COMMANDS / "deepspeed", "--num_gpus", 2, "--master_port", "{port}", "--module", "hf_cwd"],
@@ -232,3 +358,10 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
             # 4 steps of fp64 training; Muon's iteration amplifies rounding by up to 3.4^5.
             torch.testing.assert_close(ranks[0]["weights"][name][key], p, rtol=0, atol=1e-10, msg=f"{name} {key}")
             assert not torch.equal(p, one["start"][key])
+
+
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--script_raises"], 1)], ids=["0", "1"])
+def test_ranks_end_with_their_own_status(options, status, tmp_path):
+    """Without hf_cwd.ending one rank in four aborts here."""
+    result = launch("-m", "tests.endings", 8, *options, cwd=ROOT)
+    assert result.stdout == f"8 launches of two ranks ended with {{{status}: 16}}\n"

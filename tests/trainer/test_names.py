@@ -13,9 +13,11 @@ import transformers
 from transformers import HfArgumentParser, TrainingArguments, hf_argparser, trainer_optimizer, training_args
 from transformers.training_args import OptimizerNames
 
+from hf_cwd import startup
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.rules import RULES
 from hf_cwd.trainer import names
+from tests.launching import IMPORTS, launch
 
 
 def python(code: str, *arguments: str) -> str:
@@ -178,4 +180,49 @@ def test_new_processes(tmp_path):
             assert twin.optim is OptimizerNames.CWD_MUON
         """,
         str(saved),
+    )
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        # transformers' lazy __init__ fails in several threads at once, with or without us: one of them, or it is first.
+        ["hf_cwd", "torch", "transformers.training_args"],
+        ["hf_cwd", "transformers.trainer", "accelerate", "torch"],
+        ["transformers", "torch", "transformers.trainer", "hf_cwd", "trl", "accelerate", "hf_cwd.trainer.names"],
+    ],
+    ids=" ".join,
+)
+def test_modules_may_be_imported_by_several_threads(modules, tmp_path):
+    """Each thread begins while those before it import what it needs, too."""
+    printed = launch(IMPORTS, *modules, cwd=tmp_path).stdout
+    assert {f"cwd_{rule}" for rule in RULES} <= set(eval(printed))
+
+
+def test_the_finder_waits_for_what_is_added_to():
+    assert set(startup.MODULES) == set(names._ACTIONS)
+
+
+def test_another_finder_may_ask_all_others():
+    """Hooks of other packages look for a module as ours does; whoever stands first, each module is added to once."""
+    python(
+        """
+        import sys
+        import hf_cwd
+        from hf_cwd import startup
+
+        class Asks:
+            def find_spec(self, fullname, path, target=None):
+                if fullname not in startup.MODULES:
+                    return None
+                others = [finder for finder in sys.meta_path if finder is not self]
+                specs = (finder.find_spec(fullname, path, target) for finder in others)
+                return next((spec for spec in specs if spec is not None), None)
+
+        sys.meta_path.insert(0, Asks())
+        import transformers.trainer, transformers.training_args
+        assert [name.value for name in transformers.training_args.OptimizerNames].count("cwd_muon") == 1
+        assert len(set(transformers.trainer.DEFAULT_CALLBACKS)) == len(transformers.trainer.DEFAULT_CALLBACKS) == 5
+        assert "exec_module" not in vars(transformers.trainer.__loader__)
+        """
     )
