@@ -1,6 +1,5 @@
 """What one optimizer step did: how much was decayed, how large weights and updates are, over all ranks."""
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from math import isfinite, nan, prod, sqrt
@@ -12,7 +11,7 @@ from torch import Tensor
 from hf_cwd.kernels.base import COLUMNS, Settings, Sums
 from hf_cwd.origins import Origins
 from hf_cwd.sharding import agree
-from hf_cwd.sharding.dtensor import device, is_dtensor, local, mesh_of
+from hf_cwd.sharding.dtensor import device, is_dtensor, mesh_of
 from hf_cwd.sharding.pieces import Replicate
 
 
@@ -99,12 +98,8 @@ class Statistics(NamedTuple):
 
 
 class _Owner(NamedTuple):
-    """A parameter of the optimizer, whose memory begins at ``address``.
+    """A parameter of the optimizer. ``apart``: each rank has elements of its own of what is no DTensor."""
 
-    ``apart``: each rank has elements of its own of what is no DTensor.
-    """
-
-    address: int
     group: Mapping[str, Any]
     number: int  # of the group
     position: int  # in the group
@@ -113,9 +108,9 @@ class _Owner(NamedTuple):
 
 
 class _Settled(NamedTuple):
-    """A call's numbers; for each row its owner (None where it is empty), its group's number, and a row of factors."""
+    """A call's numbers; for each row its owner, its group's number, and a row of factors."""
 
-    owners: list[_Owner | None]
+    owners: list[_Owner]
     groups: Tensor
     factors: Tensor
     numbers: Tensor
@@ -165,22 +160,19 @@ class StepStatistics(Sums):
         """
         self._origins = origins
         self._device = self._device or exchange
-        owners = sorted(self._owners(groups, origins), key=lambda owner: owner.address)
-        starts = [owner.address for owner in owners]
+        owners = {id(owner.param): owner for owner in self._owners(groups, origins)}
         copies: dict[Any, int] = {}
-        for params, settings, scales, numbers in self.calls:
-            found = [owners[bisect_right(starts, p.data_ptr()) - 1] if p.numel() else None for p in params]
+        for params, numels, settings, scales, numbers in self.calls:
+            found = [owners[id(p)] for p in params]
             places, factors = [], []
-            for owner, p, given, scale in zip(found, params, settings, scales, strict=True):
-                number, share = 0, 0.0
-                if owner is not None:
-                    number, share = owner.number, 1.0
-                    if self._device is not None and not owner.apart:
-                        share /= _copies(owner.param, copies)
-                    if number not in self._settings:  # of a tensor lr this step's: a schedule may change it in place
-                        lr = given.lr.clone() if isinstance(given.lr, Tensor) else given.lr
-                        self._settings[number] = given._replace(lr=lr)
-                    self._numels[number] = self._numels.get(number, 0.0) + share * p.numel()
+            for owner, numel, given, scale in zip(found, numels, settings, scales, strict=True):
+                number, share = owner.number, 1.0
+                if self._device is not None and not owner.apart:
+                    share /= _copies(owner.param, copies)
+                if number not in self._settings:  # of a tensor lr this step's: a schedule may change it in place
+                    lr = given.lr.clone() if isinstance(given.lr, Tensor) else given.lr
+                    self._settings[number] = given._replace(lr=lr)
+                self._numels[number] = self._numels.get(number, 0.0) + share * numel
                 places.append(number)
                 factors.append((share, share * scale**2, share, share))
             factors = torch.tensor(factors, dtype=torch.float64)
@@ -197,8 +189,7 @@ class StepStatistics(Sums):
                     self._device = device(p)
                 elif self._device is None and apart:
                     self._device = p.device if flat is None else flat.device
-                if (part := local(p)).numel():
-                    yield _Owner(part.data_ptr(), group, number, position, p, apart)
+                yield _Owner(group, number, position, p, apart)
 
     @property
     def has_numbers(self) -> bool:
@@ -246,7 +237,7 @@ class StepStatistics(Sums):
             owner
             for settled in self._settled
             for owner, fine in zip(settled.owners, settled.numbers.isfinite().all(1).tolist(), strict=True)
-            if owner is not None and not fine
+            if not fine
         ]
         return {o.param: self._origins.describe(o.param, o.position, o.group) for o in owners}
 
