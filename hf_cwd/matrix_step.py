@@ -167,7 +167,7 @@ class MatrixStep:
             one.steps += 1
         first = next((one for one in prepared if one.exchange.plan.rounds), prepared[0])
         for one in prepared:
-            _run(one, members, states, statistics, meanwhile if one is first else _nothing)
+            _run(one, members, self._origins, states, statistics, meanwhile if one is first else _nothing)
 
     def prepare(self, members: Sequence[Member]) -> list[_Prepared]:
         """The exchanges of these, one for each group of ranks, in the order in which all ranks go through groups.
@@ -248,6 +248,7 @@ def _compare(prepared: _Prepared, members: Sequence[Member], states: Mapping[Ten
 def _run(
     prepared: _Prepared,
     members: Sequence[Member],
+    origins: Origins,
     states: Mapping[Tensor, MutableMapping[str, Tensor]],
     statistics: StepStatistics | None,
     meanwhile: Callable[[], None],
@@ -275,7 +276,7 @@ def _run(
         for rule, dtype in dict.fromkeys((kinds[i].rule, found[i].dtype) for i in wanted):
             some = [i for i in wanted if (kinds[i].rule, found[i].dtype) == (rule, dtype)]
             given = [item for i in some for item in items[i]], [out for i in some for out in outs_of[i]]
-            kernels.directions(rule, *given, caches[some[0]])
+            kernels.directions(rule, *given, caches[some[0]], describe)
         return [found[i] for i in wanted]
 
     def apply(wanted: Sequence[int], found: Sequence[Tensor]) -> None:
@@ -286,7 +287,12 @@ def _run(
             flat, own = members[i].flat, items.pop(i)
             some += own
             us += [u.view(own[0].param.shape)] if flat is None else flat.cut(u.view(-1))
-        kernels.apply(some, us, [s for i in wanted for s in kinds[i].scales], statistics, caches[wanted[0]])
+        scales = [scale for i in wanted for scale in kinds[i].scales]
+        kernels.apply(some, us, scales, statistics, caches[wanted[0]], describe)
+
+    def describe(param: Tensor) -> str:
+        member = next(member for member in members if member.param is param)
+        return origins.describe(param, member.position, member.group)
 
     def look(number: int, result: Tensor) -> None:
         job = exchange.plan.jobs[number]

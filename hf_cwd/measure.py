@@ -1,6 +1,5 @@
 """What one optimizer step did: how much was decayed, how large weights and updates are, over all ranks."""
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from math import isfinite, nan, prod, sqrt
@@ -12,7 +11,7 @@ from torch import Tensor
 from hf_cwd.kernels.base import COLUMNS, Settings, Sums
 from hf_cwd.origins import Origins
 from hf_cwd.sharding import agree
-from hf_cwd.sharding.dtensor import device, is_dtensor, local
+from hf_cwd.sharding.dtensor import device, is_dtensor
 from hf_cwd.sharding.groups import RankGroup, alone, of, of_meshes
 
 
@@ -102,13 +101,11 @@ class _Owner(NamedTuple):
     """A parameter of the optimizer.
 
     Attributes:
-        address: where its memory on this rank begins.
         group, number, position: its group, the group's number, and its place in the group.
         ranks: those among which it lies in parts; this rank alone, where it has all of it.
         copies: how many of them hold the same part.
     """
 
-    address: int
     group: Mapping[str, Any]
     number: int
     position: int
@@ -118,9 +115,9 @@ class _Owner(NamedTuple):
 
 
 class _Settled(NamedTuple):
-    """A call's numbers; for each row its owner (None where it is empty), its place in the sums, a row of factors."""
+    """A call's numbers; for each row its owner, its place in the sums, and a row of factors."""
 
-    owners: list[_Owner | None]
+    owners: list[_Owner]
     places: Tensor
     factors: Tensor
     numbers: Tensor
@@ -177,21 +174,17 @@ class StepStatistics(Sums):
             origins: theirs.
         """
         self._origins = origins
-        owners = sorted(self._owners(groups, origins), key=lambda owner: owner.address)
-        starts = [owner.address for owner in owners]
-        for params, settings, scales, numbers in self.calls:
-            found = [owners[bisect_right(starts, p.data_ptr()) - 1] if p.numel() else None for p in params]
+        owners = {id(owner.param): owner for owner in self._owners(groups, origins)}
+        for params, numels, settings, scales, numbers in self.calls:
+            found = [owners[id(p)] for p in params]
             places, factors = [], []
-            for owner, p, given, scale in zip(found, params, settings, scales, strict=True):
-                place, share = 0, 0.0
-                if owner is not None:
-                    key, share = (owner.ranks, owner.number), 1 / owner.copies
-                    place = self._places.setdefault(key, len(self._places))
-                    if owner.number not in self._settings:  # a schedule may change a tensor lr in place
-                        lr = given.lr.clone() if isinstance(given.lr, Tensor) else given.lr
-                        self._settings[owner.number] = given._replace(lr=lr)
-                    self._numels[key] = self._numels.get(key, 0.0) + share * p.numel()
-                places.append(place)
+            for owner, numel, given, scale in zip(found, numels, settings, scales, strict=True):
+                key, share = (owner.ranks, owner.number), 1 / owner.copies
+                places.append(self._places.setdefault(key, len(self._places)))
+                if owner.number not in self._settings:  # a schedule may change a tensor lr in place
+                    lr = given.lr.clone() if isinstance(given.lr, Tensor) else given.lr
+                    self._settings[owner.number] = given._replace(lr=lr)
+                self._numels[key] = self._numels.get(key, 0.0) + share * numel
                 factors.append((share, share * scale**2, share, share))
             factors = torch.tensor(factors, dtype=torch.float64)
             self._settled.append(_Settled(found, torch.tensor(places), factors, numbers))
@@ -213,8 +206,7 @@ class StepStatistics(Sums):
                     ranks = of(None)
                 if ranks.together:
                     self._devices[ranks] = where
-                if (part := local(p)).numel():
-                    yield _Owner(part.data_ptr(), group, number, position, p, ranks, copies)
+                yield _Owner(group, number, position, p, ranks, copies)
 
     @property
     def has_numbers(self) -> bool:
@@ -238,10 +230,10 @@ class StepStatistics(Sums):
 
     def read(self) -> Statistics:
         """The statistics. A collective of the ranks among which parameters lie in parts, or share matrices out."""
-        sums = torch.zeros(max(1, len(self._places)), COLUMNS, dtype=torch.float64)
+        sums = torch.zeros(len(self._places), COLUMNS, dtype=torch.float64)
         for _, places, factors, numbers in self._settled:
             sums.index_add_(0, places, numbers.cpu() * factors)
-        rows = dict(zip(self._places, sums.tolist(), strict=False))
+        rows = dict(zip(self._places, sums.tolist(), strict=True))
         devices = self._devices | {one.ranks: one.device for one in self._matrices.values() if one.ranks.together}
         found = {ranks: self._added_up(ranks, devices.get(ranks), rows) for ranks in sorted({alone(), *devices})}
         groups = [sum(each, Totals()) for each in zip(*(totals for totals, _ in found.values()), strict=True)]
@@ -272,7 +264,7 @@ class StepStatistics(Sums):
             owner
             for settled in self._settled
             for owner, fine in zip(settled.owners, settled.numbers.isfinite().all(1).tolist(), strict=True)
-            if owner is not None and not fine
+            if not fine
         ]
         return {o.param: self._origins.describe(o.param, o.position, o.group) for o in owners}
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from hf_cwd.kernels.base import Settings
 from hf_cwd.matrix_step import MatrixStep, Member
 from hf_cwd.measure import StepStatistics
 from hf_cwd.origins import Origins
-from hf_cwd.refusals import are_plain, check_layout, check_masters, drop_torch_only, problem
+from hf_cwd.refusals import check_layout, check_masters, drop_torch_only, problem
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.hyperparameters import Choice, checked
 from hf_cwd.sharding.exchange import Exchange
@@ -57,6 +57,18 @@ class CommonOptions(TypedDict, total=False):
     differentiable: bool | None
     foreach: bool | None
     fused: bool | None
+
+
+class _Elementwise(NamedTuple):
+    """What an element-wise rule has to step: for each of its groups the parameters with a gradient.
+
+    ``kept`` are the calls of the last step, where they may be taken again.
+    """
+
+    rule: Rule
+    groups: list[dict[str, Any]]
+    params: list[list[Tensor]]
+    kept: states.Kept | None
 
 
 class CWDOptimizer(torch.optim.Optimizer):
@@ -111,6 +123,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         self._origins = Origins()
         self._matrix_step = MatrixStep.of(self._origins, rule, options)
         self._cache: dict[Any, Any] = {}  # the kernels' tables
+        self._kept: dict[Rule, states.Kept | None] = {}
         more = ("on_rule_change", *((*EXCHANGE, "process_group") if rule.matrix is not None else ()))
         defaults = _checked_defaults(owner, rule, {"lr": lr} | options, more)
         self.companions: dict[str, dict[str, Any]] = {}
@@ -128,7 +141,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         return (
             super().__getstate__()
             | {name: getattr(self, name) for name in own}
-            | {"statistics": None, "_is_prepared": False, "_cache": {}}
+            | {"statistics": None, "_is_prepared": False, "_cache": {}, "_kept": {}}
         )
 
     @property
@@ -228,12 +241,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            needs_matrices = _rule(group["algorithm"]).matrix is not None
-            if needs_matrices or not are_plain(group["params"]):
-                for position, p in enumerate(group["params"]):
-                    if found := problem(p, needs_matrices and self._origins.flat(p, group) is None):
-                        raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
+        works = self._checked()
         if not self._is_prepared:
             check_masters(self.param_groups)
             self._prepare_flat()
@@ -245,12 +253,37 @@ class CWDOptimizer(torch.optim.Optimizer):
                         states.make(self.state[p], p, group)
             return loss
         if members := self._members():
-            self._matrix_step(members, self.state, self.statistics, self._step_elementwise)
+            self._matrix_step(members, self.state, self.statistics, lambda: self._step_elementwise(works))
         else:
-            self._step_elementwise()
+            self._step_elementwise(works)
         if self.statistics is not None:
             self.statistics.settle(self.param_groups, self._origins)
         return loss
+
+    def _checked(self) -> list[_Elementwise]:
+        """The work of element-wise rules. Raises RuntimeError where a parameter cannot be stepped, of any rule."""
+        by_rule: dict[Rule, list[dict[str, Any]]] = {}
+        for group in self.param_groups:
+            by_rule.setdefault(_rule(group["algorithm"]), []).append(group)
+        works = []
+        for rule, groups in by_rule.items():
+            params = [[p for p in group["params"] if p.grad is not None] for group in groups]
+            kept = self._kept.get(rule)
+            if kept is None or not kept.takes(self.state, groups, params):
+                kept = None
+                for group in groups:
+                    self._check_tensors(rule, group)
+            if rule.matrix is None:
+                works.append(_Elementwise(rule, groups, params, kept))
+        return works
+
+    def _check_tensors(self, rule: Rule, group: dict[str, Any]) -> None:
+        for position, p in enumerate(group["params"]):
+            state = self.state.get(p, {})
+            held = [(key, state[key]) for key in states.keys(group, p.dtype) if key in state]
+            needs_matrices = rule.matrix is not None and self._origins.flat(p, group) is None
+            if found := problem(p, held, needs_matrices):
+                raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
 
     def _prepare_flat(self) -> None:
         """Looks at all of DeepSpeed's flat tensors, which it shows one by one, before the first of them is changed."""
@@ -278,28 +311,22 @@ class CWDOptimizer(torch.optim.Optimizer):
                 members += [self._member(p, i, group, given) for i, p in enumerate(group["params"])]
         return members
 
-    def _step_elementwise(self) -> None:
-        by_rule: dict[Rule, list[dict[str, Any]]] = {}
-        for group in self.param_groups:
-            if (rule := _rule(group["algorithm"])).matrix is None:
-                by_rule.setdefault(rule, []).append(group)
-        for rule, groups in by_rule.items():
-            params = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    def _step_elementwise(self, works: Sequence[_Elementwise]) -> None:
+        for rule, groups, params, kept in works:
             given = [states.settings(group) for group in groups]
-            last: states.Steady | None = self._cache.get(rule)
-            steady = last is not None and last.advance(self.state, groups, params, given)
-            if steady:
-                items = last.items
+            if kept is not None:
+                kept.advance(given, params)
+                items, calls = kept.items, kept.calls
             else:
-                items, kept = [], states.Steady.takes(params)
+                items = []
                 for some, group, settings in zip(params, groups, given, strict=True):
                     found = states.advance(self.state, some, group, settings)
                     flat = self._origins.flat(some[0], group, needed=False) if len(some) == 1 else None
-                    if flat is not None:  # DeepSpeed steps each by itself, and has any numbers in the padding
-                        found, kept = states.pieces(found[0], flat.extents), False
-                    items += found
-                self._cache[rule] = states.Steady(self.state, groups, params, items) if kept else None
-            kernels.update(rule, items, self.statistics, self._cache, steady=steady)
+                    # DeepSpeed steps each by itself, and has any numbers in the padding.
+                    items += found if flat is None else states.pieces(found[0], flat.extents)
+                calls = kernels.calls(rule, items, self._origins.described)
+                self._kept[rule] = states.Kept.of(self.state, groups, params, items, calls)
+            kernels.update(rule, calls, self.statistics, self._cache)
             for item in items:
                 item.grad = None  # kept items must not keep the memory of gradients
 

@@ -1,7 +1,6 @@
 """What parameter groups were made of: FSDP2 and DeepSpeed put other tensors in the place of a model's parameters."""
 
 import logging
-import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,16 @@ _logger = logging.getLogger("hf_cwd")
 
 @dataclass
 class _Origin:
-    """Of one group, which is found by being the same object: its place may change."""
+    """Of one group, which is found by being the same object: its place may change.
+
+    ``params`` is the list that the group had, not its tensors: who puts others in their place there (FSDP2) frees them,
+    and DeepSpeed, which gives the group another list, keeps them. No weak references: torch swaps no tensor that has
+    one, as :meth:`torch.nn.Module.to` may have to.
+    """
 
     group: Group
     names: list[str] | None
-    params: list[weakref.ref[Tensor]]  # where it is replaced, a full parameter is to be freed
+    params: list[Tensor]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"group": self.group, "names": self.names, "params": []}
@@ -39,7 +43,7 @@ class Origins:
         return {"_origins": self._origins, "_flat": {}}
 
     def add(self, group: Group, names: list[str] | None) -> None:
-        self._origins.append(_Origin(group, names, list(map(weakref.ref, group["params"]))))
+        self._origins.append(_Origin(group, names, group["params"]))
 
     def pop(self) -> None:
         """Forgets the last one that was added."""
@@ -103,11 +107,16 @@ class Origins:
         return found
 
     def _model_params(self, group: Group) -> tuple[list[Tensor], list[str]]:
-        """What the group was made of, as far as it is still there, and names."""
+        """What the group was made of, as far as it is known, and names."""
         origin = self._of(group)
-        refs = [] if origin is None else origin.params
-        alive = [(i, param) for i, ref in enumerate(refs) if (param := ref()) is not None]
-        return [param for _, param in alive], [self._name(origin, i, param) for i, param in alive]
+        params = [] if origin is None else origin.params
+        return params, [self._name(origin, i, param) for i, param in enumerate(params)]
+
+    def described(self, p: Tensor) -> str:
+        """A parameter of any group in words."""
+        groups = [origin.group for origin in self._origins]
+        found = ((i, group) for group in groups for i, param in enumerate(group["params"]) if param is p)
+        return self.describe(p, *next(found))
 
     def describe(self, p: Tensor, position: int, group: Group) -> str:
         """A parameter in words, with its name where the optimizer was given names."""

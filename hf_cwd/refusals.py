@@ -1,7 +1,6 @@
 """What the optimizer refuses, in words: arguments, parameters and gradients that cannot be stepped."""
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -46,33 +45,51 @@ def drop_torch_only(options: dict[str, Any]) -> None:
         raise ValueError("; ".join(asked.values()))
 
 
-_LOOK = attrgetter("layout", "is_meta")
+def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], needs_matrices: bool) -> str | None:
+    """Why a parameter cannot be stepped, if so.
 
-
-def are_plain(params: Sequence[Tensor]) -> bool:
-    """Whether no gradient is sparse, complex or meta, in a fraction of the time that :func:`problem` takes for each."""
-    grads = [grad for p in params if (grad := p.grad) is not None]
-    return set(map(_LOOK, grads)) <= {(torch.strided, False)} and not any(map(Tensor.is_complex, grads))
-
-
-def problem(p: Tensor, needs_matrices: bool) -> str | None:
-    """Why a parameter cannot be stepped, if so."""
+    Args:
+        p: a parameter.
+        states: of its states, which have its shape, those that there are, by name.
+        needs_matrices: whether its rule does.
+    """
     if needs_matrices and p.ndim < 2:
         return (
             "was a matrix when the optimizer was made and has been flattened since (FSDP version 1): its rule needs "
             "whole matrices. Use FSDP with fsdp_version: 2, DeepSpeed, or an element-wise rule such as cwd_adamw"
         )
     grad = p.grad
-    if grad is None or (grad.layout is torch.strided and not grad.is_complex() and not grad.is_meta):
+    if grad is None:
         return None
-    if grad.layout != torch.strided:
+    if grad.layout != torch.strided or grad.is_nested:
+        kind = "nested" if grad.is_nested else "sparse" if "sparse" in str(grad.layout) else str(grad.layout)
         return (
-            "has a sparse gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
+            f"has a {kind} gradient: Cautious Weight Decay needs a dense one, because elements without a gradient are "
             "decayed too. Use sparse=False in nn.Embedding"
         )
     if grad.is_complex():
         return "has a complex gradient: a sign is defined for real numbers only"
-    return "has a gradient on the meta device, which holds no numbers: materialise the model"
+    if grad.is_meta:
+        return "has a gradient on the meta device, which holds no numbers: materialise the model"
+    shape, device = p.shape, p.device
+    for name, tensor in (("gradient", grad), *states):
+        if tensor.shape != shape:
+            return resized(shape, name, tensor.shape)
+        if tensor.device != device:
+            return (
+                f"lies on {device}, and its {name} on {tensor.device}: move the model before the backward pass, and "
+                "states with load_state_dict()"
+            )
+    return None
+
+
+def resized(shape: Sequence[int], name: str, other: Sequence[int]) -> str:
+    """What to do where a parameter's shape is not that of its gradient or state."""
+    return (
+        f"has data of shape {tuple(shape)} now, and a {name} of shape {tuple(other)}: it was resized after the "
+        "optimizer had begun (resize_token_embeddings between two train() calls does that). Make a new optimizer "
+        "after that. With the Trainer, set trainer.optimizer and trainer.lr_scheduler to None to have them made again"
+    )
 
 
 def check_masters(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -1,12 +1,15 @@
 """A parameter's state: made at its first gradient, advanced once a step, handed to the kernels as this rank's part."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from operator import is_
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_cwd.kernels import Call, can_be_kept
+from hf_cwd.kernels.addresses import are_plain
 from hf_cwd.kernels.base import Item, Settings
 from hf_cwd.rules import RULES
 from hf_cwd.rules.base import has_remainder, state_dtype
@@ -14,6 +17,8 @@ from hf_cwd.sharding.dtensor import is_dtensor, local, local_grad
 from hf_cwd.sharding.zero import pick
 
 REMAINDER = "remainder"
+
+_SHAPE, _DTYPE, _NBYTES = attrgetter("shape"), attrgetter("dtype"), attrgetter("nbytes")
 
 
 def settings(group: Mapping[str, Any]) -> Settings:
@@ -59,11 +64,12 @@ def advance(
     """
     own = RULES[group["algorithm"]].state_keys(group)
     asked = group["master"] != "none"
+    needed = {False: {"step", *own}, True: {"step", *own, REMAINDER}}
     items, steps = [], []
     for p in params:
         state = states[p]
         remains = asked and has_remainder(group, p.dtype)
-        if len(state) <= len(own) + remains:
+        if not state.keys() >= needed[remains]:
             make(state, p, group)
         param, grad, buffers, step = p, p.grad, tuple([state[key] for key in own]), state["step"]
         remainder = state[REMAINDER] if remains else None
@@ -75,11 +81,11 @@ def advance(
         if remains:
             remainder = remainder.view(torch.int16)
         number = step if given.capturable else int(step.item()) + 1
-        items.append(Item(param, grad, buffers, remainder, number, given))
+        items.append(Item(param, grad, buffers, remainder, number, given, p))
         steps.append(step)
     if steps:
         # On a CPU this is a loop, which would make a tensor of a plain 1 again and again.
-        torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
+        torch._foreach_add_(steps, 1.0 if given.capturable else torch.ones(()))
     return items
 
 
@@ -90,82 +96,110 @@ def pieces(item: Item, extents: Sequence[tuple[int, int]]) -> list[Item]:
         for tensor in (item.param, item.grad, item.remainder, *item.buffers)
     )
     buffers = zip(*buffers, strict=True) if buffers else [()] * len(extents)
-    return [Item(*tensors, item.step, item.settings) for tensors in zip(param, grad, buffers, remainder, strict=True)]
+    parts = zip(param, grad, buffers, remainder, strict=True)
+    return [Item(*tensors, item.step, item.settings, item.owner) for tensors in parts]
 
 
-class Steady:
-    """The items of an optimizer's last step, given out again while only gradients, steps and settings change.
+class Kept:
+    """An optimizer's calls of kernels, taken again in the next step if only gradients, steps and settings change.
 
-    To look at every tensor of a few hundred parameters anew takes longer than a GPU needs for the step. What is
-    compared instead: the parameters are the same and all have gradients, of the same dtypes; parameters and states lie
-    where they lay; nobody else has counted.
+    To look at every tensor of a few hundred parameters anew takes longer than a GPU needs for the step. This is the
+    one place that decides that nothing else has changed, and all that is kept from step to step hangs on it: items,
+    what the kernels know of them, and that their addresses may be taken. What is compared instead: parameters, states
+    and counts are the same objects; they lie where they lay, and parameters have the shapes, strides and dtypes that
+    they had. Gradients, which are new tensors, are looked at as in the first step.
 
     Args:
         states: the optimizer's.
         groups: parameter groups.
-        params: for each group its parameters with a gradient.
+        params: for each group its parameters with a gradient; none is a DTensor, whose parts are new in each step.
         items: of all of them, in order, just advanced.
+        calls: of the kernels, with the very items.
     """
 
     def __init__(
         self,
-        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+        states: Mapping[Tensor, MutableMapping[str, Any]],
         groups: Sequence[Mapping[str, Any]],
         params: Sequence[Sequence[Tensor]],
         items: Sequence[Item],
+        calls: Sequence[Call],
     ) -> None:
-        self.items = list(items)
+        self.items, self.calls = list(items), calls
         self._params = [p for some in params for p in some]
         self._own, self._all = [states[p] for p in self._params], list(states.values())
-        self._keys = [keys(group, p.dtype) for group, some in zip(groups, params, strict=True) for p in some]
-        self._kind, self._dtypes, self._lying = _kind(groups, params), [i.grad.dtype for i in items], self._addresses()
         # The counts of all parameters as one tensor, of which each has an element: one operation counts a step.
         self._count = torch.stack([state["step"] for state in self._own])
         self._steps = list(self._count.unbind())
         for state, step in zip(self._own, self._steps, strict=True):
             state["step"] = step
+        names = [keys(group, p.dtype) for group, some in zip(groups, params, strict=True) for p in some]
+        self._buffers = [state[key] for state, own in zip(self._own, names, strict=True) for key in own]
+        self._values, self._kind = self._state_values(), _kind(groups, params)
+        self._lying = self._places()
+        self._gradients = [item.grad.dtype for item in items], [item.grad.nbytes for item in items]
         self._on_device = items[0].settings.capturable
         self._numbers = [] if self._on_device else self._count.tolist()
 
-    @staticmethod
-    def takes(params: Sequence[Sequence[Tensor]]) -> bool:
-        """Not DTensors, whose parts are other tensors in each step; and not nothing."""
-        return any(params) and not any(is_dtensor(p) for some in params for p in some)
-
-    def advance(
-        self,
-        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+    @classmethod
+    def of(
+        cls,
+        states: Mapping[Tensor, MutableMapping[str, Any]],
         groups: Sequence[Mapping[str, Any]],
         params: Sequence[Sequence[Tensor]],
-        given: Sequence[Settings],
+        items: Sequence[Item],
+        calls: Sequence[Call],
+    ) -> "Kept | None":
+        """What may be kept of a step, if anything: no parts of parameters, and only what kernels step as it is."""
+        whole = bool(items) and all(item.param is item.owner for item in items)
+        return cls(states, groups, params, items, calls) if whole and can_be_kept(calls, items) else None
+
+    def takes(
+        self,
+        states: Mapping[Tensor, MutableMapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
+        params: Sequence[Sequence[Tensor]],
     ) -> bool:
-        """Counts a step and brings the items up to date; False, and nothing is done, where they do not fit."""
+        """Whether the calls may be taken again for these parameters, which are those with a gradient."""
         found = [p for some in params for p in some]
         gradients = [p.grad for p in found]
-        fits = (
+        return (
             _kind(groups, params) == self._kind
-            and all(map(is_, found, self._params))
-            and len(states) == len(self._all)
-            and all(map(is_, states.values(), self._all))
-            and all(map(is_, [state.get("step") for state in self._own], self._steps))
-            and self._addresses() == self._lying
-            and [g.dtype for g in gradients] == self._dtypes
-            and all(map(Tensor.is_contiguous, gradients))
+            and _are_same(found, self._params)
+            and _are_same(states.values(), self._all)
+            and _are_same(self._state_values(), self._values)
+            and self._places() == self._lying
+            and (list(map(_DTYPE, gradients)), list(map(_NBYTES, gradients))) == self._gradients
+            and are_plain(gradients)
             and (self._on_device or self._count.tolist() == self._numbers)
         )
-        if not fits:
-            return False
+
+    def advance(self, given: Sequence[Settings], params: Sequence[Sequence[Tensor]]) -> None:
+        """Counts a step, and gives the items its number, settings and gradients."""
         self._count.add_(1)
         self._numbers = [] if self._on_device else self._count.tolist()
         steps = self._steps if self._on_device else map(int, self._numbers)
         each = [now for now, some in zip(given, params, strict=True) for _ in some]
-        for item, grad, step, now in zip(self.items, gradients, steps, each, strict=True):
-            item.grad, item.step, item.settings = grad, step, now
-        return True
+        for item, step, now in zip(self.items, steps, each, strict=True):
+            item.grad, item.step, item.settings = item.param.grad, step, now
 
-    def _addresses(self) -> list[int]:
-        tensors = [state.get(key) for state, names in zip(self._own, self._keys, strict=True) for key in names]
-        return [-1 if t is None else t.data_ptr() for t in (*self._params, *tensors)]
+    def _state_values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._own)))
+
+    def _places(self) -> tuple[list[Any], ...]:
+        """Where parameters and states lie, and how. A storage that is made smaller moves.
+
+        A parameter's dtype is that of its gradient.
+        """
+        params, tensors = self._params, self._params + self._buffers
+        return (
+            *(list(map(Tensor.data_ptr, tensors)), list(map(_NBYTES, self._buffers))),
+            *(list(map(_SHAPE, params)), list(map(Tensor.is_contiguous, params))),
+        )
+
+
+def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _kind(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]]) -> list[tuple[Any, ...]]:

@@ -151,7 +151,7 @@ def test_a_learning_rate_that_changes_in_place_is_this_step_s():
     lr = torch.tensor(0.1)
     settings = Settings((), lr, 0.5, True, "ge", False, "auto", True)
     statistics.add(
-        [Item(p.detach(), None, (), None, 1, settings)], [1.0], torch.tensor([[4.0, 4.0, 4.0, 4.0]]).double()
+        [Item(p.detach(), None, (), None, 1, settings, p)], [1.0], torch.tensor([[4.0, 4.0, 4.0, 4.0]]).double()
     )
     origins, group = Origins(), {"params": [p]}
     origins.add(group, None)

@@ -37,6 +37,7 @@ class Item:
         remainder: int16, mutated: what a bfloat16 ``param`` lacks of its fp32 master, see :func:`split`; else None.
         step: this step's number, from 1; with ``capturable`` a float32 tensor on the device.
         settings: those of its group.
+        owner: the optimizer's parameter that this is a part of, by which it is named and counted.
     """
 
     param: Tensor
@@ -45,15 +46,17 @@ class Item:
     remainder: Tensor | None
     step: int | Tensor
     settings: Settings
+    owner: Tensor
 
 
 COLUMNS = 4  # of Sums, see hf_cwd.decay.observed
 
 
 class Call(NamedTuple):
-    """What a kernel summed up in one call: for each parameter a row of float64 ``numbers``, see :class:`Sums`."""
+    """What a kernel summed up in one call: for each item a row of float64 ``numbers``, see :class:`Sums`."""
 
-    params: list[Tensor]
+    owners: list[Tensor]
+    numels: list[int]
     settings: list[Settings]
     scales: Sequence[float]  # on the directions
     numbers: Tensor
@@ -76,23 +79,28 @@ class Sums:
     def add(self, items: Sequence[Item], scales: Sequence[float], numbers: Tensor) -> None:
         """Takes one call's numbers, of shape (items, COLUMNS); they may still change until the step is over."""
         # Not the items: their gradients and directions are to be freed.
-        self.calls.append(Call([item.param for item in items], [item.settings for item in items], scales, numbers))
+        owners, numels = [item.owner for item in items], [item.param.numel() for item in items]
+        self.calls.append(Call(owners, numels, [item.settings for item in items], scales, numbers))
 
 
 class Kernel(Protocol):
-    """The operations over lists of items. ``cache`` is the optimizer's own: a kernel may keep its tables there."""
+    """The operations over lists of items. ``cache`` is the optimizer's own: a kernel may keep its tables there.
+
+    A kernel other than ``eager`` is given only tensors whose addresses it may take: of equally many elements, whose
+    numbers lie there, see :mod:`hf_cwd.kernels.addresses`.
+    """
 
     def refusal(self, rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
         """Why it cannot run a rule on (param, grad, states); None if it can. ``rule`` None: apply, (param, u)."""
 
     def update(
-        self, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool
+        self, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]
     ) -> None:
         """One step of an element-wise rule: direction, decay, apply.
 
-        ``steady``: the items are those of the last call with this cache, and nothing of them has changed but gradients,
-        of the same dtypes, and alike in items that had them alike, steps and settings. A kernel may then spare itself
-        to look at each of them.
+        ``kept`` belongs to these items: it is empty at their first step. At the next ones nothing of them has changed
+        but where gradients lie, and, alike in items that had the same ones, settings and steps. What a kernel has
+        found out about the items it may keep there.
         """
 
     def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:

@@ -112,11 +112,9 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return next((text for text, t in zip(refused, dtypes, strict=True) if t not in DTYPES), None)
 
 
-def update(
-    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
-) -> None:
+def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
     """See :class:`hf_cwd.kernels.base.Kernel`."""
-    del cache
+    del cache, kept
     _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], sums)
 
 

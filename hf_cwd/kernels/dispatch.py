@@ -2,22 +2,30 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cwd.kernels import c, eager, triton
+from hf_cwd.kernels.addresses import are_plain, lacks_memory, obstacle, overlaps_itself
 from hf_cwd.kernels.base import Item, Sums
 from hf_cwd.rules.base import Rule
 
 KERNELS: dict[str, ModuleType] = {"eager": eager, "c": c, "triton": triton}
 FASTEST = {"cpu": "c", "cuda": "triton"}
 
+Describe = Callable[[Tensor], str]
+
 _logger = logging.getLogger("hf_cwd")
+
+
+def by_shape(param: Tensor) -> str:
+    """A parameter in words, where nobody knows its name."""
+    return f"a parameter of shape {tuple(param.shape)}"
 
 
 def select(name: str, device: torch.device) -> ModuleType:
@@ -46,24 +54,50 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return None if name == "eager" else KERNELS[name].unavailable(device)
 
 
-def update(
-    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
+class Call(NamedTuple):
+    """Items on one device that one kernel steps, and what it keeps of them from step to step."""
+
+    kernel: ModuleType
+    items: list[Item]
+    kept: dict[Any, Any]
+
+
+def calls(rule: Rule, items: Sequence[Item], describe: Describe = by_shape) -> list[Call]:
+    """Gives each item to its kernel; an item whose addresses no kernel may take, to the eager one.
+
+    Args:
+        describe: a parameter in words.
+
+    Raises:
+        ValueError: a kernel was asked for by name that does not take an item.
+        RuntimeError: a tensor has no memory, or not as much as its shape needs, or the shapes of an item differ.
+    """
+    found = _by_kernel(rule, items, describe=describe, flat=True)
+    return [Call(kernel, [item for _, item in some], {}) for (kernel, _), some in found.items()]
+
+
+def can_be_kept(calls: Sequence[Call], items: Sequence[Item]) -> bool:
+    """Whether the next step may take the same calls: each has items as they are, for a kernel that takes addresses.
+
+    An item in another form would not see its next gradient, and where the eager kernel steps a tensor, nothing that is
+    done once for each item is worth to be spared.
+    """
+    own = set(map(id, items))
+    return all(call.kernel is not eager and own.issuperset(map(id, call.items)) for call in calls)
+
+
+def update(rule: Rule, calls: Sequence[Call], sums: Sums | None, cache: dict[Any, Any]) -> None:
+    """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
+    for kernel, items, kept in calls:
+        kernel.update(rule, items, sums, cache, kept)
+
+
+def directions(
+    rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any], describe: Describe = by_shape
 ) -> None:
-    """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`; each item by its kernel."""
-    place = ("kernels", rule)
-    found = cache.get(place) if steady else None
-    if found is None:
-        found = {kernel: [item for _, item in some] for kernel, some in _by_kernel(rule, items, flat=True).items()}
-        # Not where an item is given in another form: that would not see its next gradient.
-        own = set(map(id, items))
-        cache[place] = found if all(id(item) in own for some in found.values() for item in some) else None
-    for kernel, some in found.items():
-        kernel.update(rule, some, sums, cache, steady=steady)
-
-
-def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
     """Writes the directions before the matrix stage to ``outs``, which are contiguous and of one dtype."""
-    for kernel, some in _by_kernel(rule, items, *{out.dtype for out in outs}).items():
+    found = _by_kernel(rule, items, *{out.dtype for out in outs}, describe=describe)
+    for (kernel, _), some in found.items():
         kernel.directions(rule, [item for _, item in some], [outs[position] for position, _ in some], cache)
 
 
@@ -73,10 +107,11 @@ def apply(
     scales: Sequence[float],
     sums: Sums | None,
     cache: dict[Any, Any],
+    describe: Describe = by_shape,
 ) -> None:
     """Decay, and apply directions that are known and contiguous."""
     known = [replace(item, grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
-    for kernel, some in _by_kernel(None, known).items():
+    for (kernel, _), some in _by_kernel(None, known, describe=describe).items():
         chosen = [position for position, _ in some]
         kernel.apply(
             [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], sums, cache
@@ -84,37 +119,92 @@ def apply(
 
 
 def _by_kernel(
-    rule: Rule | None, items: Sequence[Item], *out: torch.dtype, flat: bool = False
-) -> dict[ModuleType, list[tuple[int, Item]]]:
-    """Items and their positions by kernel; ``flat`` ones where their order in memory is not that of the dimensions."""
-    found: dict[ModuleType, list[tuple[int, Item]]] = {}
+    rule: Rule | None, items: Sequence[Item], *out: torch.dtype, describe: Describe, flat: bool = False
+) -> dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]]:
+    """Items and their positions by kernel and device.
+
+    ``flat``: items whose order in memory is not that of the dimensions are made flat.
+    """
+    found: dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]] = {}
     known: Any = None
+    all_plain = are_plain([t for item in items for t in _tensors(item)])
     for position, item in enumerate(items):
         param, grad, buffers, settings = item.param, item.grad, item.buffers, item.settings
-        key = (settings, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
+        key = (settings, param.device, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
         if key != known:  # neighbours are mostly alike
-            known, kernel = key, _kernel(settings.kernel, param.device, rule, key[1:])
+            known, kernel = key, _kernel(settings.kernel, param.device, rule, key[2:])
             if settings.capturable and kernel is not triton:
                 raise ValueError(
                     f"capturable=True needs the triton kernel, which does not step a parameter of {param.dtype} on "
                     f"{param.device} here. Leave capturable out"
                 )
-        used, given = kernel, item
-        if kernel is not eager and not (
-            param.is_contiguous() and grad.is_contiguous() and all(map(Tensor.is_contiguous, buffers))
-        ):
-            lying = _flat(item) if flat else None
-            if lying is None and settings.kernel != "auto":
-                raise ValueError(
-                    f"kernel={settings.kernel!r} takes parameters, gradients and states that lie alike and without "
-                    f"gaps in memory, unlike one of shape {tuple(param.shape)} and strides {param.stride()}. Use "
-                    "kernel='auto'"
-                )
-            used, given = (eager, item) if lying is None else (kernel, lying)
-        if used not in found:
-            found[used] = []
-        found[used].append((position, given))
+        shape = param.shape
+        if any(t.shape != shape for t in _tensors(item)):
+            raise RuntimeError(
+                f"{describe(item.owner)}: the part of it on this rank has shape {tuple(shape)}, and its gradient and "
+                f"states {', '.join(str(tuple(t.shape)) for t in _tensors(item)[1:])}. They must be cut alike"
+            )
+        used, given = (kernel, item) if all_plain else _taken(kernel, item, describe, flat=flat)
+        found.setdefault((used, param.device), []).append((position, given))
     return found
+
+
+def _tensors(item: Item) -> tuple[Tensor, ...]:
+    rest = () if item.remainder is None else (item.remainder,)
+    return (item.param, item.grad, *item.buffers, *rest)
+
+
+def _taken(kernel: ModuleType, item: Item, describe: Describe, *, flat: bool) -> tuple[ModuleType, Item]:
+    """The kernel that steps an item, and the item as it is to have it."""
+    tensors = _tensors(item)
+    parts = list(zip(("it", "its gradient", *("its state",) * len(tensors[2:])), tensors, strict=True))
+    for name, tensor in parts:
+        if lacks_memory(tensor):
+            raise RuntimeError(
+                f"{describe(item.owner)} cannot be stepped: {name} has shape {tuple(tensor.shape)}, and a storage of "
+                f"{tensor.untyped_storage().nbytes()} bytes, which is too small. It was freed or resized: restore it "
+                "before the step"
+            )
+        if tensor is not item.grad and overlaps_itself(tensor):
+            raise RuntimeError(
+                f"{describe(item.owner)} cannot be stepped: {name} has strides {tensor.stride()}, by which some of its "
+                "elements share memory. Make it with .clone()"
+            )
+    if kernel is eager or are_plain(tensors):
+        return kernel, item
+    asked = item.settings.kernel
+    odd = next((f"{name} {why}" for name, tensor in parts if (why := obstacle(tensor))), None)
+    if odd is not None:
+        if asked != "auto":
+            raise ValueError(
+                f"kernel={asked!r} cannot step {describe(item.owner)}, since {odd}: it takes addresses of plain "
+                "tensors. Use kernel='auto'"
+            )
+        _eager_instead(odd, describe, item.owner)
+        return eager, item
+    lying = _flat(item) if flat else None
+    if lying is None and asked != "auto":
+        raise ValueError(
+            f"kernel={asked!r} cannot step {describe(item.owner)}: it takes parameters, gradients and states that lie "
+            f"alike and without gaps in memory, unlike one of shape {tuple(item.param.shape)} and strides "
+            f"{item.param.stride()}. Use kernel='auto'"
+        )
+    return (eager, item) if lying is None else (kernel, lying)
+
+
+_said: set[str] = set()
+
+
+def _eager_instead(odd: str, describe: Describe, owner: Tensor) -> None:
+    """Says it of the first parameter of each kind."""
+    if odd not in _said:
+        _said.add(odd)
+        _logger.warning(
+            "kernel=auto: the eager kernel steps %s, since %s, and all others that are so: no other kernel may take "
+            "its address",
+            describe(owner),
+            odd,
+        )
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd import decay
+from hf_cwd.kernels.addresses import are_plain
 from hf_cwd.kernels.base import COLUMNS, Item, Sums, joined, split
 from hf_cwd.rules.base import Rule
 
@@ -33,11 +34,9 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None
 
 
-def update(
-    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
-) -> None:
+def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
-    del cache, steady
+    del cache, kept
     for item in items:
         decaying = _decaying(item, sums)
         for g, x, remainder, *block in _blocks(item.grad, item.param, item.remainder, *item.buffers):
@@ -105,8 +104,9 @@ def _step(param: Tensor, direction: Tensor, remainder: Tensor | None, **decaying
 def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The same stretches of all tensors. Element-wise work does not care about shapes, so blocks are flat."""
     first = tensors[0]
-    if not all(t is None or t.is_contiguous() for t in tensors):
-        yield tensors  # rare, see flat() in dispatch.py: one block, whose temporaries are as large as the tensor
+    if not are_plain([t for t in tensors if t is not None]):
+        # Rare: memory with gaps, or what is no memory and may have no views. One block, with temporaries as large.
+        yield tensors
         return
     size = BLOCK if first.device.type == "cpu" else DEVICE_BLOCK
     flat = [None if t is None else t.view(-1) for t in tensors]

@@ -21,7 +21,7 @@ from hf_cwd.kernels.base import Item
 from hf_cwd.rules.base import Rule
 
 # As in triton_ops.py, which is not imported here since it needs Triton.
-WORDS, LENGTH, ROW, FIELDS, SOURCES, PLACES = 8, 6, 7, 16, 8, 64
+WORDS, GRADIENT, LENGTH, ROW, FIELDS, SOURCES, PLACES = 8, 1, 6, 7, 16, 8, 64
 ALIGNMENT = 16  # bytes
 LR_KINDS = {torch.float32: 1, torch.float64: 2}
 
@@ -47,16 +47,13 @@ class Rows(NamedTuple):
 
 def rows(rule: Rule | None, items: Sequence[Item], scales: Sequence[float]) -> Rows:
     """The rows of items, ``rule`` None: to decay and apply."""
-    # A few hundred items have a few settings: those are compared, by identity first. Tensors are compared by it alone.
-    different = {id(item.settings): item.settings for item in items}
-    groups: dict[base.Settings, int] = {}
-    numbers = {name: groups.setdefault(settings, len(groups)) for name, settings in different.items()}
+    # A few hundred items have a few settings, one object for each group; groups that are alike may part later.
     steps = [item.step for item in items] if rule is not None else [1] * len(items)
-    named = list(zip([numbers[id(item.settings)] for item in items], steps, scales, strict=True))
-    found = {name: place for place, name in enumerate(dict.fromkeys(named))}
-    places = [found[name] for name in named]
-    known = list(groups)
-    return made(rule, [(known[number], step, scale) for number, step, scale in found], places)
+    names = [(id(item.settings), step, scale) for item, step, scale in zip(items, steps, scales, strict=True)]
+    first = {name: number for number, name in reversed(list(enumerate(names)))}
+    found = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    keys = [(items[first[name]].settings, *name[1:]) for name in found]
+    return made(rule, keys, [found[name] for name in names])
 
 
 def made(rule: Rule | None, keys: Sequence[tuple[base.Settings, int | Tensor, float]], places: list[int]) -> Rows:
@@ -119,6 +116,7 @@ class Table:
 
     Attributes:
         order: the number in the call of each of the table's tensors.
+        is_aligned: whether all addresses are multiples of 16.
     """
 
     def __init__(
@@ -134,6 +132,7 @@ class Table:
         order = [number for members in groups.values() for number in members]
         lengths = torch.tensor([tasks[number][0].numel() for number in order])
         self.order, self._order = order, torch.tensor(order)
+        self.is_aligned = not odd
         # Where the words of addresses are, and which of the call's addresses belong there.
         words = [(place, j) for place, number in enumerate(order) for j in range(len(tasks[number]))]
         self._targets = torch.tensor([place * WORDS + j for place, j in words])
@@ -152,8 +151,6 @@ class Table:
         first, second, end = self._ends
         self.is_computed, self.used = end > second, 0
         self.words = torch.empty(end, dtype=torch.int64, device=self.device)
-        self._addresses: array[int] | None = None
-        self._known: Rows | None = None
         self.sources = self.words[second:]
         self.numbers = self.sources.view(torch.float64)
         self.templates = self.rows = self.words[first:second].view(torch.float32)
@@ -168,23 +165,28 @@ class Table:
         ]
 
     def write(self, addresses: "array[int]", new: Rows) -> None:
-        """Brings the table up to date, if something changed."""
-        if addresses == self._addresses and new == self._known:
-            return
+        """Brings the table up to date with the addresses of all of the call's tensors."""
+        self.host[self._targets] = torch.frombuffer(addresses, dtype=torch.int64)[self._origins]
+        self.host[: self._ends[0]].view(-1, WORDS)[:, ROW] = torch.tensor(new.places)[self._order]
+        self._send(new)
+
+    def rewrite(self, gradients: "array[int]", new: Rows) -> None:
+        """Brings the table up to date with gradients' addresses and rows, where all else is as it was."""
+        addresses = torch.frombuffer(gradients, dtype=torch.int64)[self._order]
+        self.host[: self._ends[0]].view(-1, WORDS)[:, GRADIENT] = addresses
+        self._send(new)
+
+    def _send(self, new: Rows) -> None:
         first, second, _ = self._ends
-        if addresses != self._addresses:
-            self.host[self._targets] = torch.frombuffer(addresses, dtype=torch.int64)[self._origins]
-        if new != self._known:
-            self.host[:first].view(-1, WORDS)[:, ROW] = torch.tensor(new.places)[self._order]
-            rows = torch.tensor(new.rows, dtype=torch.float32)
-            self.host[first:second].view(torch.float32).view(-1, FIELDS)[: len(rows)] = rows
+        rows = torch.tensor(new.rows, dtype=torch.float32)
+        self.host[first:second].view(torch.float32).view(-1, FIELDS)[: len(rows)] = rows
         if new.sources:
             sources = self.host[second:].view(-1, SOURCES)[: len(new.sources)]
             sources[:, :3] = torch.tensor(new.sources)
             sources[:, 3:] = torch.tensor(new.numbers, dtype=torch.float64).view(torch.int64)
-        self._addresses, self._known, self.used = addresses, new, len(new.rows)
-        fresh = self.device.type != "cpu" and not self._is_captured
-        self.words.copy_(self._pinned() if fresh else self.host, non_blocking=True)
+        self.used = len(new.rows)
+        is_new = self.device.type != "cpu" and not self._is_captured
+        self.words.copy_(self._pinned() if is_new else self.host, non_blocking=True)
 
     def _pinned(self) -> Tensor:
         """A pinned copy of the host's table.
@@ -221,56 +223,56 @@ def _places(lengths: Tensor, block: int) -> Tensor:
 
 
 class Tables:
-    """The tables of one operation of one optimizer."""
+    """The tables of one operation of one optimizer on one device."""
 
     def __init__(self) -> None:
         self._tables: dict[Hashable, Table] = {}
-        self._last: tuple[Table, int, list[int], list[int]] | None = None
         self._captured: list[Table] = []  # for as long as the graphs may be replayed
-        self._addresses = array("q")
-        self._misaligned: tuple[int, ...] = ()
 
     def written(self, tasks: Sequence[Sequence[Tensor]], new: Rows, *, block: int, capturing: bool) -> Table:
-        """The table for these tensors. Addresses are read anew: a tensor's memory may have been swapped."""
+        """The table for these tensors, whose addresses may be others than those of the last call."""
         tensors = [t for task in tasks for t in task]
         addresses = array("q", [t.data_ptr() for t in tensors])
-        if addresses != self._addresses:
-            misaligned = torch.frombuffer(addresses, dtype=torch.int64).bitwise_and(ALIGNMENT - 1).nonzero()
-            self._addresses, self._misaligned = addresses, tuple(misaligned.view(-1).tolist())
+        misaligned = torch.frombuffer(addresses, dtype=torch.int64).bitwise_and(ALIGNMENT - 1).nonzero()
+        misaligned = tuple(misaligned.view(-1).tolist())
         key = (
             *(tuple([t.dtype for t in tensors]), tuple(map(len, tasks)), tuple([task[0].numel() for task in tasks])),
-            *(self._misaligned, bool(new.sources), block),
+            *(misaligned, bool(new.sources), block),
         )
         table = self._tables.get(key)
         if table is None:
             if len(self._tables) >= KEPT:
                 del self._tables[next(iter(self._tables))]
-            table = self._tables[key] = Table(tasks, self._misaligned, block=block, computed=bool(new.sources))
+            table = self._tables[key] = Table(tasks, misaligned, block=block, computed=bool(new.sources))
         if capturing:
             table = table.captured()
             self._captured.append(table)
         elif new.sources:
             table.keep_spare()
         table.write(addresses, new)
-        # With tasks of one length the addresses of gradients are evenly spaced among all.
-        lengths = set(map(len, tasks))
-        self._last = None
-        if len(lengths) == 1 and not self._misaligned and not capturing:
-            first = {place: item for item, place in reversed(list(enumerate(new.places)))}
-            self._last = (table, lengths.pop(), new.places, [first[place] for place in range(len(first))])
         return table
 
-    def rewritten(self, rule: Rule, items: Sequence[Item]) -> Table | None:
-        """The table of the last call for other gradients, steps and settings of the same items.
+
+class Written(NamedTuple):
+    """A table that holds some items, none of whose tensors lies badly, and an item of each of its rows."""
+
+    table: Table
+    places: list[int]
+    samples: list[int]
+
+    @classmethod
+    def of(cls, table: Table, places: list[int]) -> "Written":
+        sample = {place: item for item, place in reversed(list(enumerate(places)))}
+        return cls(table, places, [sample[place] for place in range(len(sample))])
+
+    def again(self, rule: Rule, items: Sequence[Item]) -> Table | None:
+        """The table for other gradients, steps and settings of the same items.
 
         None where that takes another table. What is done here for each item is part of every step's time.
         """
-        gradients = [item.grad.data_ptr() for item in items]
-        if self._last is None or functools.reduce(operator.or_, gradients, 0) % ALIGNMENT:
+        gradients = array("q", [item.grad.data_ptr() for item in items])
+        if functools.reduce(operator.or_, gradients) % ALIGNMENT:
             return None
-        table, length, places, first = self._last
-        addresses = self._addresses[:]
-        addresses[1::length] = array("q", gradients)
-        self._addresses = addresses
-        table.write(addresses, made(rule, [(items[k].settings, items[k].step, 1.0) for k in first], places))
-        return table
+        keys = [(items[k].settings, items[k].step, 1.0) for k in self.samples]
+        self.table.rewrite(gradients, made(rule, keys, self.places))
+        return self.table

@@ -63,23 +63,31 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return "states of different dtypes" if len(set(states)) > 1 else None
 
 
-def update(
-    rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], *, steady: bool = False
-) -> None:
+def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
-    if steady and _rerun(OPERATIONS[rule.direction], rule, items, sums, cache):
+    if not items:
         return
+    device, operation, scales = items[0].param.device, OPERATIONS[rule.direction], [1.0] * len(items)
+    with _on(device):
+        written: tables.Written | None = None if _capturing(device) else kept.get("written")
+        table = None if written is None else written.again(rule, items)
+        if table is not None:
+            _launches(operation, table, items, scales, sums)
+            return
     tasks = [
         (i.param, i.grad, *i.buffers) if i.remainder is None else (i.param, i.grad, *i.buffers, i.remainder)
         for i in items
     ]
-    _run(OPERATIONS[rule.direction], rule, items, tasks, [1.0] * len(items), sums, cache)
+    table, places = _run(operation, rule, items, tasks, scales, sums, cache)
+    if table.is_aligned and not _capturing(device):
+        kept["written"] = tables.Written.of(table, places)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
     """The directions before the matrix stage, see :class:`hf_cwd.kernels.base.Kernel`."""
     tasks = [(u, item.grad, *item.buffers) for u, item in zip(outs, items, strict=True)]
-    _run("directions", rule, items, tasks, [1.0] * len(items), None, cache)
+    if items:
+        _run("directions", rule, items, tasks, [1.0] * len(items), None, cache)
 
 
 def apply(
@@ -94,7 +102,8 @@ def apply(
         (item.param, u) if item.remainder is None else (item.param, u, item.remainder)
         for item, u in zip(items, directions, strict=True)
     ]
-    _run("apply", None, items, tasks, scales, sums, cache)
+    if items:
+        _run("apply", None, items, tasks, scales, sums, cache)
 
 
 def _run(
@@ -105,26 +114,19 @@ def _run(
     scales: Sequence[float],
     sums: Sums | None,
     cache: dict[Any, Any],
-) -> None:
-    """Launches an operation on all tasks: x (or the output), the gradient (or the direction), states, remainder."""
-    if not items:
-        return
+) -> tuple[tables.Table, list[int]]:
+    """Launches an operation on all tasks: x (or the output), the gradient (or the direction), states, remainder.
+
+    Returns the table that it wrote, and the place of each item's row in it.
+    """
     device = tasks[0][0].device
-    own = cache.setdefault(("triton", operation, device), tables.Tables())
+    # Each rule has tables of its own: one that it goes on with must not be written for another one's tensors.
+    own = cache.setdefault(("triton", operation, rule, device), tables.Tables())
     with _on(device):
         new, capturing = tables.rows(rule, items, scales), _capturing(device)
-        _launches(operation, own.written(tasks, new, block=BLOCK, capturing=capturing), items, scales, sums)
-
-
-def _rerun(operation: str, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any]) -> bool:
-    """Launches an operation on the tables of the last step, if they are there and fit."""
-    device = items[0].param.device
-    own = cache.get(("triton", operation, device))
-    with _on(device):
-        table = None if own is None or _capturing(device) else own.rewritten(rule, items)
-        if table is not None:
-            _launches(operation, table, items, [1.0] * len(items), sums)
-    return table is not None
+        table = own.written(tasks, new, block=BLOCK, capturing=capturing)
+        _launches(operation, table, items, scales, sums)
+    return table, new.places
 
 
 def _on(device: torch.device) -> AbstractContextManager:

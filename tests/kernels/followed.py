@@ -56,7 +56,7 @@ class Followed:
         u, self.right_states, finite = arithmetic.directed(self.rule, grad, self.right_states, given)
         result = arithmetic.stepped(self.right, None, u, self.right_states, given, finite)
         self.right, self.sums = result.param, result.sums
-        return base.Item(self.param, self.grad, self.states, None, self.steps, self.settings)
+        return base.Item(self.param, self.grad, self.states, None, self.steps, self.settings, self.param)
 
     def problems(self, name: Any = "") -> Iterator[str]:
         pairs = [(self.param, self.right), *zip(self.states, self.right_states, strict=True)]

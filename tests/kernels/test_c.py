@@ -78,7 +78,7 @@ def _settings(rule: str = "adamw", weight_decay: float = 0.1) -> Settings:
 def _items(sizes: tuple[int, ...], given: tuple[Settings, ...]) -> list[Item]:
     generator = torch.Generator().manual_seed(0)
     tensors = [[torch.randn(n, generator=generator) for _ in range(4)] for n in sizes]
-    return [Item(x, g, (m, v.abs()), None, 3, given[k % len(given)]) for k, (x, g, m, v) in enumerate(tensors)]
+    return [Item(x, g, (m, v.abs()), None, 3, given[k % len(given)], x) for k, (x, g, m, v) in enumerate(tensors)]
 
 
 MIXED = (5, 3 * CHUNK + 5, 0, CHUNK, 1, 7 * CHUNK + 1, *(40,) * 50, 2 * CHUNK)
@@ -88,10 +88,10 @@ def _stepped(team: int | None = None) -> list[torch.Tensor]:
     """A step of many tensors: the numbers, and their sums."""
     items, sums = _items(MIXED, (_settings(), _settings(weight_decay=0.0))), Sums()
     if team is None:
-        c.update(RULES["adamw"], items, sums, {})
+        c.update(RULES["adamw"], items, sums, {}, {})
     else:
         with mock.patch.object(c, "_openmp", return_value=team):
-            c.update(RULES["adamw"], items, sums, {})
+            c.update(RULES["adamw"], items, sums, {}, {})
     return [t for item in items for t in (item.param, *item.buffers)] + [call.numbers for call in sums.calls]
 
 
@@ -142,7 +142,7 @@ def test_nan_stays_nan(level, dtype, is_master):
     )
     x, remainder = torch.ones(len(bits), dtype=dtype), torch.zeros(len(bits), dtype=torch.int16) if is_master else None
     with mock.patch.object(c, "_level", return_value=level):
-        c.apply([Item(x, x, (), remainder, 1, _settings())], [bits.view(torch.float32)], [1.0], None, {})
+        c.apply([Item(x, x, (), remainder, 1, _settings(), x)], [bits.view(torch.float32)], [1.0], None, {})
     assert x.isnan().all()
     assert remainder is None or not remainder.any()
 
@@ -168,11 +168,11 @@ def test_elements_beyond_2_31(dtype):
     x, u = (torch.frombuffer(memory_, dtype=dtype) for memory_ in memory)
     tail = slice(numel - 2 * CHUNK, None)
     x[tail], u[tail] = torch.randn(2 * CHUNK), torch.randn(2 * CHUNK)
-    small = Item(x[tail].clone(), u[tail], (), None, 1, _settings())
+    small = Item(x[tail].clone(), u[tail], (), None, 1, _settings(), x)
     eager.apply([small], [small.grad], [0.5], None, {})
     first = numel // CHUNK - 1
     with mock.patch.object(c, "_Job", lambda *values: c_job(*values, first)):
-        c.apply([Item(x, u, (), None, 1, _settings())], [u], [0.5], None, {})
+        c.apply([Item(x, u, (), None, 1, _settings(), x)], [u], [0.5], None, {})
     begin = first * CHUNK - (numel - 2 * CHUNK)  # of what was stepped, in the tail
     assert torch.equal(x[tail][begin:], small.param[begin:])
     assert not torch.equal(x[tail][begin : begin + 16], u[tail][begin : begin + 16])
@@ -217,7 +217,7 @@ def test_after_a_fork():
 import os, signal
 from tests.kernels.test_c import MIXED, RULES, _items, _settings, c
 def step(items):
-    c.update(RULES["adamw"], items, None, {})
+    c.update(RULES["adamw"], items, None, {}, {})
     return [t.numpy().tobytes() for item in items for t in (item.param, *item.buffers)]
 here, there = (_items(MIXED, (_settings(),)) for _ in range(2))
 right = step(here)
@@ -236,7 +236,7 @@ def test_host_time():
 
     def seconds() -> float:
         start = time.process_time()
-        c.update(RULES["adamw"], items, None, {})
+        c.update(RULES["adamw"], items, None, {}, {})
         return time.process_time() - start
 
     assert min(seconds() for _ in range(20)) < 2e-3

@@ -26,8 +26,8 @@ def problems(case: Case, **replaced: Any) -> list[str]:
 
 
 def afterwards(change: Callable[..., None]) -> Callable[..., None]:
-    def update(rule: Any, items: Any, sums: Any, cache: Any) -> None:
-        eager.update(rule, items, sums, cache)
+    def update(rule: Any, items: Any, sums: Any, cache: Any, kept: Any) -> None:
+        eager.update(rule, items, sums, cache, kept)
         change(items, sums)
 
     return update
@@ -152,8 +152,8 @@ def test_a_kernel_that_trusts_yesterday_s_tensors():
     """The cases of a run share a cache, and so do the calls of one case."""
     known = {}
 
-    def update(rule, items, sums, cache):
-        eager.update(rule, known.setdefault(len(items), items), sums, cache)
+    def update(rule, items, sums, cache, kept):
+        eager.update(rule, known.setdefault(len(items), items), sums, cache, kept)
 
     names = ["lion all dtypes in one call", "lion three calls", "lion learning rate 0"]
     results = truth.run(kernel(update=update), "cpu", [CASES[name] for name in names], eager=True)
@@ -163,10 +163,10 @@ def test_a_kernel_that_trusts_yesterday_s_tensors():
 
 
 def test_a_step_that_is_not_read_anew():
-    def update(rule, items, sums, cache):
+    def update(rule, items, sums, cache, kept):
         steps = cache.setdefault("steps", [item.step for item in items])
         changed = [replace(item, step=step) for item, step in zip(items, steps, strict=True)]
-        eager.update(rule, changed, sums, cache)
+        eager.update(rule, changed, sums, cache, kept)
 
     assert not problems(CASES["adamw three calls"])
     assert problems(CASES["adamw three calls"], update=update)

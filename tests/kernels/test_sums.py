@@ -24,8 +24,8 @@ def followed(rule):
 def check(kernel, rule, some):
     for _ in range(2):
         sums, items = Sums(), [one.item() for one in some]
-        kernel.update(RULES[rule], items, sums, {})
-        found = {id(p): row for call in sums.calls for p, row in zip(call.params, call.numbers.tolist(), strict=True)}
+        kernel.update(RULES[rule], items, sums, {}, {})
+        found = {id(p): row for call in sums.calls for p, row in zip(call.owners, call.numbers.tolist(), strict=True)}
         assert len(found) == len(some)
         for item, one in zip(items, some, strict=True):
             assert found[id(item.param)][0] == one.sums[0], "decayed elements"

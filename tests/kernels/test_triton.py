@@ -121,11 +121,9 @@ def test_every_fused_rule_has_an_operation():
 
 
 def test_items_of_a_few_settings_share_rows():
-    """Settings are compared by value, steps that are tensors by identity."""
-    empty, half = torch.empty(0), {"lr": 5e-3}
-    items = [
-        base.Item(empty, empty, (), None, 1 + k // 8, settings("adamw", **half if k % 2 else {})) for k in range(12)
-    ]
+    """Settings are those of a group if they are one object: groups that are alike may part. So are steps, on a GPU."""
+    empty, groups = torch.empty(0), [settings("adamw"), settings("adamw")]
+    items = [base.Item(empty, empty, (), None, 1 + k // 8, groups[k % 2], empty) for k in range(12)]
     rows = tables.rows(RULES["adamw"], items, [1.0] * 12)
     assert rows.places == [0, 1] * 4 + [2, 3] * 2
     assert rows.rows == [base.row(RULES["adamw"], items[k].settings, items[k].step) for k in (0, 1, 8, 9)]
@@ -140,7 +138,7 @@ def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
     """A graph's replays copy from its host memory into its table, while other steps go on."""
     monkeypatch.setattr(tables.Table, "_pinned", lambda self: self.host.clone())
     x, *grads = torch.zeros(4, 8).unbind()
-    item = base.Item(x, x, (), None, torch.ones(()), settings("sgd", capturable=True))
+    item = base.Item(x, x, (), None, torch.ones(()), settings("sgd", capturable=True), x)
     rows, own = tables.rows(None, [item], [1.0]), tables.Tables()
 
     def written(grad, capturing):
@@ -162,7 +160,7 @@ def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
 
 def test_a_learning_rate_on_the_device_must_be_one_that_the_kernel_reads():
     lr = torch.tensor(1e-3, dtype=torch.bfloat16)
-    item = base.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr))
+    item = base.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr), lr)
     with pytest.raises(ValueError, match=r"lr is a tensor of torch\.bfloat16"):
         tables.rows(RULES["lion"], [item], [1.0])
 

@@ -56,7 +56,7 @@ class Recorder:
 
 
 def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], sums: base.Sums | None = None) -> None:
-    triton.update(RULES[rule], [one.item() for one in followed], sums, cache)
+    triton.update(RULES[rule], [one.item() for one in followed], sums, cache, {})
 
 
 @case
@@ -76,7 +76,7 @@ def sizes_around_a_chunk() -> Iterator[str]:
 def only_empty_tensors() -> Iterator[str]:
     sums = base.Sums()
     stepped("adamw", [Followed("adamw", 0, seed=0)], {}, sums)
-    triton.update(RULES["adamw"], [], sums, {})
+    triton.update(RULES["adamw"], [], sums, {}, {})
     triton.directions(RULES["muon"], [], [], {})
     if [call.numbers.tolist() for call in sums.calls] != [[[0.0] * 4]]:
         yield f"{sums.calls}"
@@ -145,11 +145,11 @@ def the_same_address_with_another_length_or_dtype() -> Iterator[str]:
     x, g, m = torch.full((64,), 1.0), torch.full((64,), 1.0), torch.zeros(64)
     given = settings("lion", lr=0.5, weight_decay=0.0)
     for n in (64, 32):
-        triton.update(RULES["lion"], [base.Item(x[:n], g[:n], (m[:n],), None, 1, given)], None, cache)
+        triton.update(RULES["lion"], [base.Item(x[:n], g[:n], (m[:n],), None, 1, given, x)], None, cache, {})
     if x.tolist() != [0.0] * 32 + [0.5] * 32:
         yield f"{x.tolist()}"
     half = x.view(torch.bfloat16)[:64].fill_(1.0)
-    triton.update(RULES["lion"], [base.Item(half, g, (m,), None, 1, given)], None, cache)
+    triton.update(RULES["lion"], [base.Item(half, g, (m,), None, 1, given, x)], None, cache, {})
     if half.tolist() != [0.5] * 64:
         yield f"{half.tolist()}"
 
@@ -162,7 +162,7 @@ def only_what_changed_travels() -> Iterator[str]:
     moves = [item, item, replace(item, step=2), replace(item, grad=one.grad.clone())]
     moves.append(replace(moves[-1], settings=settings("lion", lr=1e-3)))
     for move in [*moves, moves[-1]]:
-        triton.update(RULES["lion"], [move], None, cache)
+        triton.update(RULES["lion"], [move], None, cache, {})
         (own,) = cache.values()
         (table,) = own._tables.values()
         versions.append(table.words._version)
@@ -188,9 +188,9 @@ def sums_of_each_tensor() -> Iterator[str]:
     for _ in range(2):
         sums = base.Sums()
         items = [one.item() for one in some]
-        triton.update(RULES["adamw"], items, sums, cache)
+        triton.update(RULES["adamw"], items, sums, cache, {})
         (call,) = sums.calls
-        places = [[id(item.param) for item in items].index(id(p)) for p in call.params]
+        places = [[id(item.param) for item in items].index(id(p)) for p in call.owners]
         if sorted(places) != list(range(len(some))):
             yield f"{len(places)} rows for {len(some)} parameters"
         for place, row in zip(places, call.numbers.tolist(), strict=True):
@@ -205,7 +205,7 @@ def directions_of_lengths_that_lie_badly() -> Iterator[str]:
     made = settings("lion")._replace(hyper=(("momentum", 0.0), ("nesterov", False)))
     for last in ((8, 8), (3, 5), (0, 4)):
         grads = [torch.randn(shape) for shape in ((4, 8), (2, 16), (48, 1), last, (16, 16))]
-        items = [base.Item(g, g, (torch.zeros_like(g),), None, 1, made) for g in grads]
+        items = [base.Item(g, g, (torch.zeros_like(g),), None, 1, made, g) for g in grads]
         for dtype in (torch.float32, torch.bfloat16):
             outs = torch.full((sum(g.numel() for g in grads),), torch.nan, dtype=dtype).split(
                 [g.numel() for g in grads]
@@ -259,7 +259,7 @@ def rows_from_the_device_are_the_host_s() -> Iterator[str]:
 def _rows_differ(rule: str, made: base.Settings) -> Iterator[str]:
     steps = [*range(1, 20), 100, 999, 12345, 10**6, 2**24]
     here = [torch.tensor(float(step)) for step in steps]
-    items = [base.Item(torch.empty(0), torch.empty(0), (), None, step, made) for step in here]
+    items = [base.Item(torch.empty(0), torch.empty(0), (), None, step, made, step) for step in here]
     for applied in (False, True):
         scales = [0.2 * (k + 1) ** 0.5 if applied else 1.0 for k in range(len(steps))]
         given = tables.rows(None if applied else RULES[rule], items, scales)

@@ -113,10 +113,11 @@ class _Tensors:
             **{"hyper": tuple(chosen.hyper.items()), "lr": lr, "kernel": "auto", "capturable": capturable},
         )
         remainder = None if self.remainder is None else self.remainder.view
+        param = self.param.view
         if rule == APPLY:  # the gradient is not looked at
-            return base.Item(self.param.view, torch.empty(0), (), remainder, step, given)
+            return base.Item(param, torch.empty(0), (), remainder, step, given, param)
         states = tuple(state.view for state in self.states)
-        return base.Item(self.param.view, self.grad.view, states, remainder, step, given)
+        return base.Item(param, self.grad.view, states, remainder, step, given, param)
 
 
 def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager: bool, capturable: bool) -> list[str]:
@@ -138,7 +139,7 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
                 scales = [parameter.settings.scale for parameter in case.parameters]
                 kernel.apply(items, [one.grad.view for one in tensors], scales, sums, cache)
             elif case.out is None:
-                kernel.update(rule, items, sums, cache)
+                kernel.update(rule, items, sums, cache, {})
             else:
                 kernel.directions(rule, items, [out.view for out in outs], cache)
         except Exception as error:  # a case that cannot run is a result, and the others still run
@@ -156,7 +157,7 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
 
 
 def _summed(sums: base.Sums, items: Sequence[base.Item], expected: Sequence[Result]) -> Iterable[str]:
-    found = {id(p): row for call in sums.calls for p, row in zip(call.params, call.numbers.tolist(), strict=True)}
+    found = {id(p): row for call in sums.calls for p, row in zip(call.owners, call.numbers.tolist(), strict=True)}
     if len(found) != len(items):
         yield f"sums of {len(found)} parameters"
     for k, (item, right) in enumerate(zip(items, expected, strict=True)):
