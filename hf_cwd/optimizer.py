@@ -279,10 +279,8 @@ class CWDOptimizer(torch.optim.Optimizer):
 
     def _check_tensors(self, rule: Rule, group: dict[str, Any]) -> None:
         for position, p in enumerate(group["params"]):
-            state = self.state.get(p, {})
-            held = [(key, state[key]) for key in states.keys(group, p.dtype) if key in state]
             needs_matrices = rule.matrix is not None and self._origins.flat(p, group) is None
-            if found := problem(p, held, needs_matrices):
+            if found := problem(p, states.held(self.state, p, group), needs_matrices):
                 raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
 
     def _prepare_flat(self) -> None:

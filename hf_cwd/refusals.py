@@ -71,25 +71,31 @@ def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], needs_matrices: boo
         return "has a complex gradient: a sign is defined for real numbers only"
     if grad.is_meta:
         return "has a gradient on the meta device, which holds no numbers: materialise the model"
-    shape, device = p.shape, p.device
-    for name, tensor in (("gradient", grad), *states):
-        if tensor.shape != shape:
-            return resized(shape, name, tensor.shape)
-        if tensor.device != device:
-            return (
-                f"lies on {device}, and its {name} on {tensor.device}: move the model before the backward pass, and "
-                "states with load_state_dict()"
-            )
+    others = [("gradient", grad), *states]
+    if (found := resized(p, others)) is not None:
+        return found
+    device = p.device
+    elsewhere = next((f"{name} on {tensor.device}" for name, tensor in others if tensor.device != device), None)
+    if elsewhere is not None:
+        return (
+            f"lies on {device}, and its {elsewhere}: move the model before the backward pass, and states with "
+            "load_state_dict()"
+        )
     return None
 
 
-def resized(shape: Sequence[int], name: str, other: Sequence[int]) -> str:
-    """What to do where a parameter's shape is not that of its gradient or state."""
-    return (
-        f"has data of shape {tuple(shape)} now, and a {name} of shape {tuple(other)}: it was resized after the "
-        "optimizer had begun (resize_token_embeddings between two train() calls does that). Make a new optimizer "
-        "after that. With the Trainer, set trainer.optimizer and trainer.lr_scheduler to None to have them made again"
-    )
+def resized(p: Tensor, others: Sequence[tuple[str, Tensor]]) -> str | None:
+    """What to do where a parameter's shape is not that of its gradient and states, given by name."""
+    shape = p.shape
+    for name, tensor in others:
+        if tensor.shape != shape:
+            return (
+                f"has data of shape {tuple(shape)} now, and a {name} of shape {tuple(tensor.shape)}: it was resized "
+                "after the optimizer had begun (resize_token_embeddings between two train() calls does that). Make a "
+                "new optimizer after that. With the Trainer, set trainer.optimizer and trainer.lr_scheduler to None to "
+                "have them made again"
+            )
+    return None
 
 
 def check_masters(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -1,15 +1,20 @@
 """Reading a state dict, also torch.optim's or bitsandbytes': names are translated, what lacks or is foreign refused."""
 
+import functools
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from hf_cwd.kernels.addresses import is_plain, overlaps_itself
 from hf_cwd.matrices import Layout
 from hf_cwd.origins import changed
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import state_dtype
+from hf_cwd.sharding.dtensor import is_dtensor, local
 from hf_cwd.states import REMAINDER
 from hf_cwd.states import keys as state_keys
 
@@ -19,6 +24,10 @@ IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "deco
 # Of bitsandbytes' groups, for AdEMAMix; and under what key it has all states of a parameter but the step.
 BITSANDBYTES_KEYS = ("alpha", "t_alpha", "t_beta3")
 BITSANDBYTES = "__bnb_optimizer_quant_state__"
+# timm's Lookahead keeps its slow weights in the state of the optimizer that it wraps.
+WRAPPERS = ("lookahead_",)
+
+_logger = logging.getLogger("hf_cwd")
 
 
 class Overruled(NamedTuple):
@@ -41,7 +50,8 @@ def adopt(
 
     Saved hyper-parameters win over present ones, keys that the saved groups lack keep their present value. A state key
     with another name in torch.optim (``momentum_buffer``) or bitsandbytes (``state1``) gets ours, a missing ``step``
-    becomes 1.
+    becomes 1. What a wrapper keeps in a parameter's state (Lookahead's slow weights) stays. States that torchao has in
+    8 or 4 bits, and others that have a ``dequantize()``, become plain tensors.
 
     Args:
         on_rule_change: ``"reset"`` takes nothing from a state that does not fit: no state, and present
@@ -102,7 +112,10 @@ def _adopted(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, 
         names = own.get("param_names") or [f"parameter {index}" for index in saved["params"]]
         for index, p, name in zip(saved["params"], own["params"], names, strict=True):
             if index in states:
-                states[index] = _adopt_state(states[index], rule, state_keys(group, p.dtype), name, p)
+                keys, state = state_keys(group, p.dtype), states[index]
+                carried = {key: state[key] for key in _carried(state, keys, saved)}
+                rest = {key: value for key, value in state.items() if key not in carried}
+                states[index] = _adopt_state(rest, rule, keys, name, p) | carried
     return {**state_dict, "state": states, "param_groups": groups}
 
 
@@ -126,11 +139,21 @@ def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, A
         keys = ("step", *rule.state_keys({**own, **old}))
         known = {*keys, REMAINDER, *rule.aliases, *rule.aliases.values()}
         kept = {key for i in old["params"] for key, value in states.get(i, {}).items() if value is not None}
-        if foreign := ", ".join(sorted(kept - known)):
+        if foreign := ", ".join(sorted(kept - known - _carried(kept, keys, old))):
             return f"the saved state holds {foreign}, but rule {rule.name!r} keeps {', '.join(keys)}"
         if not kept and old["params"] and rule.hyperparameters and not old.keys() & rule.hyperparameters.keys():
             return f"the saved groups have none of {', '.join(rule.hyperparameters)}, which rule {rule.name!r} takes"
     return None
+
+
+def _carried(state: Iterable[str], keys: Iterable[str], group: Mapping[str, Any]) -> set[str]:
+    """Which keys of a saved state are a wrapper's, and so carried along.
+
+    Optimizers of this package, whose groups have an ``algorithm``, keep nothing but their rule's. Those of others may
+    be of another rule: of them only what is known to be a wrapper's is.
+    """
+    extra = set(state).difference(keys, ("step", REMAINDER))
+    return extra if "algorithm" in group else {key for key in extra if key.startswith(WRAPPERS)}
 
 
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -176,9 +199,7 @@ def _layout(group: Mapping[str, Any]) -> Layout | None:
     return None if group.get("layout") is None else Layout(**group["layout"])
 
 
-def _adopt_state(
-    saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], name: str, p: torch.Tensor
-) -> dict[str, Any]:
+def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], name: str, p: Tensor) -> dict[str, Any]:
     state = {rule.aliases.get(key, key): value for key, value in saved.items() if value is not None}
     if not state:
         return {}  # torch.optim.SGD without momentum
@@ -190,6 +211,7 @@ def _adopt_state(
             "was saved by another optimizer, or is damaged. Continue with the one that saved it"
         )
     for key, value in state.items():
+        value = state[key] = _numbers(value, f"the saved {key} of {name}")
         if value.shape != p.shape:
             raise ValueError(
                 f"the saved {key} of {name} has shape {tuple(value.shape)}, and the parameter {tuple(p.shape)}: the "
@@ -200,15 +222,51 @@ def _adopt_state(
     return state
 
 
+def _numbers(value: Any, what: str) -> Tensor:
+    """A saved state as a tensor whose numbers lie in its memory.
+
+    Raises:
+        ValueError: it is in a format that does not say its numbers.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} is a {type(value).__name__}, and no tensor: it is damaged, or another optimizer's")
+    part = local(value)
+    if not is_plain(type(part)) or part.is_quantized:
+        if type(part).dequantize is Tensor.dequantize and not part.is_quantized:
+            raise ValueError(
+                f"{what} is a {type(part).__name__}, a kind of tensor that does not say its numbers (it has no "
+                "dequantize()). Save the states as plain tensors, or continue with the optimizer that saved them"
+            )
+        _say_once(f"saved states of type {type(part).__name__} are taken as the numbers that they stand for")
+        part = part.dequantize()
+    elif part.layout != torch.strided:
+        raise ValueError(f"{what} has layout {part.layout}, and a state is dense: save it by to_dense()")
+    elif part.is_neg() or part._is_zerotensor() or overlaps_itself(part):
+        part = torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
+    else:
+        return value
+    if not is_dtensor(value):
+        return part
+    return type(value).from_local(
+        part, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
+
+
 def restore_dtypes(optimizer: torch.optim.Optimizer, adopted: Mapping[str, Any]) -> None:
     """Takes states again whose dtype is not their parameter's: torch has cast them to that when it loaded them."""
     for saved, group in zip(adopted["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(saved["params"], group["params"], strict=True):
-            for key, value in adopted["state"].get(index, {}).items():
-                if key != "step" and p.is_floating_point():
+            state = adopted["state"].get(index, {})
+            for key in state_keys(group, p.dtype):
+                if key in state and p.is_floating_point():
                     dtype = p.dtype if key == REMAINDER else state_dtype(group, p.dtype)
                     if dtype != p.dtype:
-                        optimizer.state[p][key] = value.to(dtype=dtype, device=p.device, copy=True)
+                        optimizer.state[p][key] = state[key].to(dtype=dtype, device=p.device, copy=True)
 
 
 def only_initialises(optimizer: torch.optim.Optimizer) -> bool:

@@ -52,6 +52,14 @@ def keys(group: Mapping[str, Any], param: torch.dtype) -> tuple[str, ...]:
     return (*own, REMAINDER) if has_remainder(group, param) else own
 
 
+def held(
+    states: Mapping[Tensor, Mapping[str, Tensor]], p: Tensor, group: Mapping[str, Any]
+) -> list[tuple[str, Tensor]]:
+    """A parameter's states that are there and are to have its shape, by name."""
+    state = states.get(p, {})
+    return [(key, state[key]) for key in keys(group, p.dtype) if key in state]
+
+
 def advance(
     states: Mapping[Tensor, MutableMapping[str, Tensor]],
     params: Sequence[Tensor],

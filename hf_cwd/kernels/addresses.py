@@ -13,7 +13,7 @@ _FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_funct
 
 
 @functools.cache
-def _is_plain(kind: type) -> bool:
+def is_plain(kind: type) -> bool:
     """Whether a subclass of Tensor leaves to torch what its numbers are: one that dispatches itself need not."""
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in _FUNCTIONS
@@ -25,7 +25,7 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
     A model has hundreds of parameters: one pass over all of them for each question costs a fraction of
     :func:`obstacle` for each tensor.
     """
-    if not all(map(_is_plain, set(map(type, tensors)))) or set(map(_LAYOUT, tensors)) - {torch.strided}:
+    if not all(map(is_plain, set(map(type, tensors)))) or set(map(_LAYOUT, tensors)) - {torch.strided}:
         return False
     if any(map(Tensor.is_neg, tensors)) or not all(map(Tensor.is_contiguous, tensors)):
         return False
@@ -39,7 +39,7 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 def obstacle(tensor: Tensor) -> str | None:
     """Why a kernel must not take a tensor's address, as the rest of a sentence about it; None if it may."""
-    if not _is_plain(type(tensor)):
+    if not is_plain(type(tensor)):
         return f"is a {type(tensor).__name__}, which decides itself what its numbers are"
     if tensor.is_nested or tensor.layout != torch.strided:
         return f"has layout {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')}"
@@ -50,7 +50,7 @@ def obstacle(tensor: Tensor) -> str | None:
 
 def _is_memory(tensor: Tensor) -> bool:
     """Whether a tensor's shape and strides say what of its storage it is."""
-    if not _is_plain(type(tensor)) or tensor.is_nested or tensor.layout != torch.strided or not tensor.numel():
+    if not is_plain(type(tensor)) or tensor.is_nested or tensor.layout != torch.strided or not tensor.numel():
         return False
     return not (tensor.is_meta or tensor._is_zerotensor() or torch._is_functional_tensor(tensor))
 

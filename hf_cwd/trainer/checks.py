@@ -8,8 +8,10 @@ from torch import nn
 
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.origins import listed
+from hf_cwd.refusals import resized
 from hf_cwd.sharding.dtensor import is_dtensor
 from hf_cwd.state_dict import RESET
+from hf_cwd.states import held as held_states
 from hf_cwd.states import keys
 from hf_cwd.trainer import deepspeed
 from hf_cwd.trainer.loading import follow
@@ -130,7 +132,8 @@ def check_parameters(args: Any, optimizer: CWDOptimizer, model: nn.Module) -> No
     """Warns of parameters that would have gradients for nothing. DeepSpeed's flat tensors are not looked at.
 
     Raises:
-        RuntimeError: no parameter of the optimizer is one of the model's that can be trained.
+        RuntimeError: no parameter of the optimizer is one of the model's that can be trained, or one has another size
+            than its states.
     """
     name = type(optimizer).__name__
     if deepspeed.is_used(args):
@@ -143,6 +146,10 @@ def check_parameters(args: Any, optimizer: CWDOptimizer, model: nn.Module) -> No
             "is. The optimizer was made for another model, or before this one was made again, or everything was "
             "frozen: make it for the model that trains, or set trainer.optimizer to None to have it made again"
         )
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for n, p in own.items():
+        if found := resized(p, held_states(optimizer.state, p, group_of[id(p)])):
+            raise RuntimeError(f"{n} {found}")
     if not any(p.requires_grad for p in own.values()):
         raise RuntimeError(
             f"all of the {len(own)} parameters of {type(model).__name__} that {name} has are frozen: call "
