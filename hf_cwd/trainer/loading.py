@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer import SCHEDULER_NAME
 
 from hf_cwd.optimizer import CWDOptimizer
 from hf_cwd.state_dict import RESET
+
+SCHEDULE = "scheduler.pt"  # as transformers.trainer, which imports this, names it
 
 
 def load_states(optimizer: CWDOptimizer, lr_scheduler: Any, checkpoint: str, load: Callable[[str], None]) -> None:
@@ -35,7 +36,7 @@ def load_states(optimizer: CWDOptimizer, lr_scheduler: Any, checkpoint: str, loa
                 )
                 raise
             optimizer.reset_because = what
-            lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULE), weights_only=True))
 
 
 @contextlib.contextmanager
