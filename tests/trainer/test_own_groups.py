@@ -149,7 +149,8 @@ def test_without_a_trainer_there_is_no_model(arguments):
     )
     with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(args)
-    made(Trainer, arguments(optim="cwd_muon"))  # equal arguments are not these
+    other = made(Trainer, arguments(optim="cwd_muon"))
+    assert other.args == args, "equal arguments are not these"
     with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(args)
     assert Trainer.get_optimizer_cls_and_kwargs(arguments(optim="cwd_adamw"))[1]["lr"] == 0.01, "it sorts nothing"
