@@ -79,7 +79,7 @@ def test_states_elsewhere():
     optimizer, p = begun("adamw")
     optimizer.state[p]["exp_avg"] = torch.ones(8, 6, device="meta")
     p.grad = torch.ones(8, 6)
-    with pytest.raises(RuntimeError, match="'embed.weight' .*lies on cpu, and its exp_avg on meta"):
+    with pytest.raises(RuntimeError, match=r"'embed.weight' .*lies on cpu, and its exp_avg on meta"):
         optimizer.step()
 
 
