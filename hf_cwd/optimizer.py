@@ -15,6 +15,7 @@ from hf_cwd.measure import StepStatistics
 from hf_cwd.origins import Origins
 from hf_cwd.refusals import check_layout, check_masters, drop_torch_only, problem
 from hf_cwd.rules import COMMON, RULES, Rule
+from hf_cwd.rules.base import has_remainder
 from hf_cwd.rules.hyperparameters import Choice, checked
 from hf_cwd.sharding.exchange import Exchange
 from hf_cwd.sharding.plan import EXCHANGE
@@ -279,8 +280,13 @@ class CWDOptimizer(torch.optim.Optimizer):
 
     def _check_tensors(self, rule: Rule, group: dict[str, Any]) -> None:
         for position, p in enumerate(group["params"]):
-            needs_matrices = rule.matrix is not None and self._origins.flat(p, group) is None
-            if found := problem(p, states.held(self.state, p, group), needs_matrices):
+            found = problem(
+                p,
+                states.held(self.state, p, group),
+                needs_matrices=rule.matrix is not None and self._origins.flat(p, group) is None,
+                has_master=has_remainder(group, p.dtype),
+            )
+            if found is not None:
                 raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
 
     def _prepare_flat(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.matrices import Layout
+from hf_cwd.sharding.dtensor import is_dtensor
 
 
 def check_layout(layout: Any, name: str, shape: tuple[int, ...]) -> None:
@@ -45,13 +46,14 @@ def drop_torch_only(options: dict[str, Any]) -> None:
         raise ValueError("; ".join(asked.values()))
 
 
-def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], needs_matrices: bool) -> str | None:
+def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], *, needs_matrices: bool, has_master: bool) -> str | None:
     """Why a parameter cannot be stepped, if so.
 
     Args:
         p: a parameter.
         states: of its states, which have its shape, those that there are, by name.
         needs_matrices: whether its rule does.
+        has_master: whether it is the upper half of an fp32 master.
     """
     if needs_matrices and p.ndim < 2:
         return (
@@ -71,9 +73,13 @@ def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], needs_matrices: boo
         return "has a complex gradient: a sign is defined for real numbers only"
     if grad.is_meta:
         return "has a gradient on the meta device, which holds no numbers: materialise the model"
+    if is_dtensor(p) != is_dtensor(grad):
+        return f"is a {type(p).__name__}, and its gradient a {type(grad).__name__}: both or none must be DTensors"
     others = [("gradient", grad), *states]
     if (found := resized(p, others)) is not None:
         return found
+    if has_master and any(tensor.is_neg() for tensor in (p, dict(states).get("remainder", p))):
+        return "or its remainder has its negative bit set, and its master is made of their bits: use resolve_neg()"
     device = p.device
     elsewhere = next((f"{name} on {tensor.device}" for name, tensor in others if tensor.device != device), None)
     if elsewhere is not None:

@@ -200,9 +200,11 @@ class Kept:
         A parameter's dtype is that of its gradient.
         """
         params, tensors = self._params, self._params + self._buffers
+        looks = (_SHAPE, Tensor.is_contiguous, Tensor.is_neg)
         return (
-            *(list(map(Tensor.data_ptr, tensors)), list(map(_NBYTES, self._buffers))),
-            *(list(map(_SHAPE, params)), list(map(Tensor.is_contiguous, params))),
+            list(map(Tensor.data_ptr, tensors)),
+            list(map(_NBYTES, self._buffers)),
+            *(list(map(look, params)) for look in looks),
         )
 
 

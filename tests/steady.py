@@ -79,6 +79,15 @@ def transposed_back(optimizer, params):
     transposed_parameter(optimizer, params)
 
 
+def negative_parameter(optimizer, params):
+    """At the same address."""
+    params[4].data = torch._neg_view(params[4].data)
+
+
+def negative_back(optimizer, params):
+    negative_parameter(optimizer, params)
+
+
 def negative_gradient(optimizer, params):
     params[3].grad = torch._neg_view(params[3].grad)
 
@@ -100,10 +109,17 @@ def nothing(optimizer, params):
 CHANGES = [
     *(nothing, nothing, lr, no_gradient, another_state_tensor, other_memory, options, transposed_gradient, loaded),
     *(nothing, counted_by_hand, alike, another_count, without_state, nothing, parted, half_of_a_bucket),
-    *(negative_gradient, a_key_of_a_wrapper, transposed_parameter, transposed_back, another_group),
+    *(negative_gradient, a_key_of_a_wrapper, transposed_parameter, transposed_back, negative_parameter),
+    *(negative_back, another_group),
 ]
 KEEP = {nothing, lr, options, alike, parted, half_of_a_bucket}
-OUTLAST = {no_gradient, transposed_gradient, negative_gradient, transposed_parameter}  # the step: they change the next
+OUTLAST = {
+    no_gradient,
+    transposed_gradient,
+    negative_gradient,
+    transposed_parameter,
+    negative_parameter,
+}  # the step: they change the next
 
 
 def problems(rule: str, kernel: str) -> Iterator[str]:

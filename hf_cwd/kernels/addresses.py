@@ -63,6 +63,18 @@ def lacks_memory(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
+def share_memory(tensors: Sequence[Tensor]) -> set[int]:
+    """The positions of tensors without gaps that share memory with others of them."""
+    spans = sorted((t.data_ptr(), number) for number, t in enumerate(tensors) if _is_memory(t))
+    found, end, last = set(), 0, 0
+    for start, number in spans:
+        if start < end:
+            found |= {last, number}
+        if start + tensors[number].nbytes > end:
+            end, last = start + tensors[number].nbytes, number
+    return found
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of a tensor may share memory, such as those of an expanded one: none can write to it."""
     if not _is_memory(tensor):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.kernels import c, eager, triton
-from hf_cwd.kernels.addresses import are_plain, lacks_memory, obstacle, overlaps_itself
+from hf_cwd.kernels.addresses import are_plain, lacks_memory, obstacle, overlaps_itself, share_memory
 from hf_cwd.kernels.base import Item, Sums
 from hf_cwd.rules.base import Rule
 
@@ -127,7 +127,8 @@ def _by_kernel(
     """
     found: dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]] = {}
     known: Any = None
-    all_plain = are_plain([t for item in items for t in _tensors(item)])
+    shared = share_memory([item.param for item in items])
+    all_plain = not shared and are_plain([t for item in items for t in _tensors(item)])
     for position, item in enumerate(items):
         param, grad, buffers, settings = item.param, item.grad, item.buffers, item.settings
         key = (settings, param.device, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
@@ -144,7 +145,9 @@ def _by_kernel(
                 f"{describe(item.owner)}: the part of it on this rank has shape {tuple(shape)}, and its gradient and "
                 f"states {', '.join(str(tuple(t.shape)) for t in _tensors(item)[1:])}. They must be cut alike"
             )
-        used, given = (kernel, item) if all_plain else _taken(kernel, item, describe, flat=flat)
+        used, given = kernel, item
+        if not all_plain:
+            used, given = _taken(kernel, item, describe, flat=flat, is_shared=position in shared)
         found.setdefault((used, param.device), []).append((position, given))
     return found
 
@@ -154,7 +157,9 @@ def _tensors(item: Item) -> tuple[Tensor, ...]:
     return (item.param, item.grad, *item.buffers, *rest)
 
 
-def _taken(kernel: ModuleType, item: Item, describe: Describe, *, flat: bool) -> tuple[ModuleType, Item]:
+def _taken(
+    kernel: ModuleType, item: Item, describe: Describe, *, flat: bool, is_shared: bool
+) -> tuple[ModuleType, Item]:
     """The kernel that steps an item, and the item as it is to have it."""
     tensors = _tensors(item)
     parts = list(zip(("it", "its gradient", *("its state",) * len(tensors[2:])), tensors, strict=True))
@@ -170,15 +175,17 @@ def _taken(kernel: ModuleType, item: Item, describe: Describe, *, flat: bool) ->
                 f"{describe(item.owner)} cannot be stepped: {name} has strides {tensor.stride()}, by which some of its "
                 "elements share memory. Make it with .clone()"
             )
-    if kernel is eager or are_plain(tensors):
+    if kernel is eager or (are_plain(tensors) and not is_shared):
         return kernel, item
     asked = item.settings.kernel
     odd = next((f"{name} {why}" for name, tensor in parts if (why := obstacle(tensor))), None)
+    if odd is None and is_shared:  # which threads would write to at once
+        odd = "it shares memory with another parameter"
     if odd is not None:
         if asked != "auto":
             raise ValueError(
-                f"kernel={asked!r} cannot step {describe(item.owner)}, since {odd}: it takes addresses of plain "
-                "tensors. Use kernel='auto'"
+                f"kernel={asked!r} cannot step {describe(item.owner)}, since {odd}: it takes addresses, of plain "
+                "tensors that are apart. Use kernel='auto'"
             )
         _eager_instead(odd, describe, item.owner)
         return eager, item
@@ -200,8 +207,8 @@ def _eager_instead(odd: str, describe: Describe, owner: Tensor) -> None:
     if odd not in _said:
         _said.add(odd)
         _logger.warning(
-            "kernel=auto: the eager kernel steps %s, since %s, and all others that are so: no other kernel may take "
-            "its address",
+            "kernel=auto: the eager kernel, which is slower, steps %s, since %s, and all others that are so: the fast "
+            "kernels take addresses, of plain tensors that are apart",
             describe(owner),
             odd,
         )

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cwd.kernels import base, tables, triton
+from hf_cwd import CWDOptimizer
+from hf_cwd.kernels import base, dispatch, tables, triton
 from hf_cwd.rules import RULES
 from tests import steady
+from tests.kernels import odd
 from tests.kernels.followed import HYPER, Followed, settings
 
 CASES: dict[str, Callable[[], Iterator[str]]] = {}
@@ -176,6 +178,40 @@ def items_that_are_kept() -> Iterator[str]:
     """On the tables of the last step, whatever changed in between."""
     for rule in HYPER:
         yield from (f"{rule}: {text}" for text in steady.problems(rule, "triton"))
+
+
+@case
+def odd_tensors() -> Iterator[str]:
+    """Steps in which the eager kernel takes what has no address, and these kernels the rest."""
+    dispatch.FASTEST["cpu"] = "triton"
+    dispatch._kernel.cache_clear()
+    try:
+        for rule in RULES:
+            yield from (f"{rule}: {text}" for text in odd.problems(rule))
+    finally:
+        dispatch.FASTEST["cpu"] = "c"
+        dispatch._kernel.cache_clear()
+
+
+@case
+def two_rules_of_one_operation() -> Iterator[str]:
+    """Each goes on with a table of its own, though both have tensors of the same lengths."""
+    rules = [RULES["lion"], replace(RULES["lion"], name="another")]
+    RULES["another"] = rules[1]
+    try:
+        for kernel in ("triton", "eager"):
+            params = [torch.nn.Parameter(torch.linspace(-1, 1, 64)) for _ in rules]
+            groups = [{"params": [p], "algorithm": rule.name} for p, rule in zip(params, rules, strict=True)]
+            optimizer = CWDOptimizer(groups, lr=0.1, algorithm="lion", kernel=kernel)
+            for k in range(4):
+                for number, p in enumerate(params):
+                    p.grad = torch.sin(torch.arange(64.0) * (1 + k + 10 * number))
+                optimizer.step()
+            if kernel == "triton":
+                found = [p.detach().clone() for p in params]
+        yield from (f"parameter {k}" for k in range(2) if not torch.allclose(found[k], params[k]))
+    finally:
+        del RULES["another"]
 
 
 @case
