@@ -248,8 +248,8 @@ def distribute(rank, folder):
         mesh, placements = (mesh["b"], param.placements[1:]) if only_rows else (mesh, param.placements)
         tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
         read, local = dtensor.mesh_of(tensor), tensor.to_local()
-        told = [read.pieces(param.shape, r) for r in range(RANKS)]
-        replicas = [read.replica(r) for r in range(RANKS)]
+        told = [[r, read.pieces(param.shape, r)] for r in read.ranks]
+        replicas = [read.replica(r) for r in read.ranks]
         found.append([local.shape, local.flatten().tolist(), tensor.full_tensor().equal(full), told, replicas])
     # Complete or not there at all, whatever becomes of this process.
     Path(folder, f"{rank}.part").write_text(json.dumps(found))
@@ -260,7 +260,7 @@ def distribute(rank, folder):
 def test_real_dtensors(tmp_path):
     run("-m", "tests.sharding.test_pieces", str(tmp_path))
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    for number, (param, _) in enumerate(distributed_cases()):
+    for number, (param, only_rows) in enumerate(distributed_cases()):
         mesh, expected = mesh_of(param), brute.locals_of(param)
         for rank in range(RANKS):
             shape, elements, is_whole, told, replicas = found[rank][number]
@@ -268,9 +268,13 @@ def test_real_dtensors(tmp_path):
             assert_holds(param, rank, local)
             assert local.equal(expected[rank]), "brute.py cuts as a process group does"
             assert is_whole or not is_cut_once(param), param
+            # Of a mesh' rows each rank knows its own only: the other one may hold another tensor.
+            row = param.ranks.index(rank) // 2
+            ranks = param.ranks[2 * row : 2 * row + 2] if only_rows else param.ranks
             # As JSON has it, without tuples.
-            assert told == json.loads(json.dumps([mesh.pieces(param.shape, r) for r in range(RANKS)]))
-            assert replicas == [mesh.replica(r) for r in range(RANKS)]
+            assert told == json.loads(json.dumps([[r, mesh.pieces(param.shape, r)] for r in ranks]))
+            own = Mesh(param.mesh[1:], ranks, mesh.placements[1:]) if only_rows else mesh
+            assert replicas == [own.replica(r) for r in ranks]
 
 
 if __name__ == "__main__":

@@ -149,7 +149,10 @@ def check_traffic(case, optimizer, seen, rank, world):
         assert sorted(entries) == sorted(of_flat), "the flat tensor holds these parameters"
         shares = {n: injected_traffic.shares(injected_traffic.homes(*PARAMETERS[n]), of_flat[n]) for n in of_flat}
         alike = {n: [0] * world for n in of_flat}
-        bytes_, largest = injected_traffic.expected(plan.jobs, entries, shares, alike, set(of_flat), itemsize)
+        everybody = exchange.group.ranks
+        bytes_, largest = injected_traffic.expected(
+            everybody, plan.jobs, entries, shares, alike, set(of_flat), itemsize
+        )
         totals = [sum(bytes_[receiver, sender] for sender in range(world)) for receiver in range(world)]
         assert [plan.received[r] for r in range(world)] == totals, f"the plan says {plan.received}, not {totals}"
         assert plan.rounds == injected_traffic.rounds(totals, largest, options.get("exchange_bytes", 1 << 28))
