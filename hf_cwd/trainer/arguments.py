@@ -98,6 +98,7 @@ class CWDArgumentsMixin:
         ):
             if value not in valid:
                 raise ValueError(f"{key}={value!r} does not exist: give one of {', '.join(filter(None, valid))}")
+        self.optim_args = as_text(self.optim_args)
         if self.cwd_log is not None:
             self._pass_on_log()
         said = asked_for(self, "cwd_verify")
@@ -114,8 +115,7 @@ class CWDArgumentsMixin:
                 f"cwd_log={self.cwd_log!r} has no effect on optim={chosen(self)!r}, which is no optimizer of hf_cwd: "
                 "leave it out"
             )
-        text = as_text(self.optim_args)
-        parts = text.replace(" ", "").split(",") if text else []
+        parts = self.optim_args.replace(" ", "").split(",") if self.optim_args else []
         said = [part.partition("=")[2] for part in parts if part.partition("=")[0] == "cwd_log"]
         if not said:
             self.optim_args = ",".join([*parts, f"cwd_log={self.cwd_log}"])

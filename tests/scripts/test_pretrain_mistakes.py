@@ -62,7 +62,7 @@ ERRORS = {
     "text for a number": ({"max_steps": "many"}, "argument --max_steps.*invalid int value: 'many'"),
     "betas": ({"adam_beta1": 1.5}, "--adam_beta1 1.5: give 0 to 1"),
     "smoothing": ({"label_smoothing_factor": 7}, "--label_smoothing_factor 7.0: give 0 to 1"),
-    "optimizer": ({"optim": "muon"}, "--optim.*'muon'"),
+    "optimizer": ({"optim": "muon"}, r"--optim muon does not exist\. Did you mean cwd_muon\?"),
     "near optimizer": ({"optim": "cwd_adam"}, "cwd_adam does not exist. Did you mean cwd_adamw"),
     "optimizer's option": ({"optim_args": "foo=1"}, "--optim_args: cwd_adamw has no option 'foo'. Its options are"),
     "torch's option": ({"optim": "adamw_torch", "optim_args": "foo"}, "--optim_args foo: write key=value"),

@@ -222,7 +222,7 @@ def test_another_finder_may_ask_all_others():
         sys.meta_path.insert(0, Asks())
         import transformers.trainer, transformers.training_args
         assert [name.value for name in transformers.training_args.OptimizerNames].count("cwd_muon") == 1
-        assert len(set(transformers.trainer.DEFAULT_CALLBACKS)) == len(transformers.trainer.DEFAULT_CALLBACKS) == 5
+        assert len(set(transformers.trainer.DEFAULT_CALLBACKS)) == len(transformers.trainer.DEFAULT_CALLBACKS) == 6
         assert "exec_module" not in vars(transformers.trainer.__loader__)
         """
     )
