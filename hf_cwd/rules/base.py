@@ -44,7 +44,8 @@ class Rule:
             shape of the parameter, the dtype of :func:`state_dtype`, and starts at zero.
         hyperparameters: declared hyper-parameters by name; all are passed to ``direction`` by keyword.
         matrix: ``(u, **hyperparameters) -> u`` on a whole matrix, run between ``direction`` and the mask. This and the
-            next three name each hyper-parameter that they read: an exchange is planned again when one of those changes.
+            next three name each hyper-parameter that they read, and take the others as ``**_``: an exchange is planned
+            again when one that is read changes.
         matrix_dtype: ``(dtype of u, device type, **hyperparameters) -> dtype`` that ``matrix`` computes in.
         matrix_flops: ``(rows, columns, **hyperparameters) -> int``, what ``matrix`` costs.
         scale: ``(full_shape, **hyperparameters) -> float``, a positive factor on the direction, not on the decay.
@@ -74,9 +75,11 @@ class Rule:
     @cached_property
     def matrix_hyperparameters(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that the matrix stage, its dtype, its cost and the scale depend on."""
-        read: set[str] = set()
-        for function in (self.matrix, self.matrix_dtype, self.matrix_flops, self.scale):
-            read.update(inspect.signature(function).parameters if function is not None else ())
+        stages = [f for f in (self.matrix, self.matrix_dtype, self.matrix_flops, self.scale) if f is not None]
+        given = [p for function in stages for p in inspect.signature(function).parameters.values()]
+        if any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in given):  # it may read any of them
+            return tuple(self.hyperparameters)
+        read = {p.name for p in given}
         return tuple(name for name in self.hyperparameters if name in read)
 
     def checked_hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:

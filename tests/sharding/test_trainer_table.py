@@ -151,7 +151,11 @@ def test_variation_was_active(table, case):
             assert rank["applied_norms"] == pytest.approx([limit] * STEPS, rel=1e-4)  # torch divides by norm + 1e-6
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if RULES[case.rule].matrix], ids=str)
+# An adapter that is added to a model sharded at load time is of plain tensors, of which nobody says that they are alike.
+ADAPTED = [case for case in CASES if LAYOUTS[case.layout].distributed and case.variation == "lora"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if RULES[c.rule].matrix and c not in ADAPTED], ids=str)
 def test_ranks_that_share_parameters_share_the_work(table, case):
     """Among them DDP's, of whose parameters only the Trainer knows that they are replicas."""
     layout = LAYOUTS[case.layout]
