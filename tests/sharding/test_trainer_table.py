@@ -105,7 +105,9 @@ def test_equals_one_process(table, case):
 
     dtype = torch.float32 if variation.float32 else torch.float64
     coarse = layout.sums_in_bfloat16 and case.variation == "bfloat16"
-    tolerance = 1e-2 if coarse else NORM_TOLERANCE[dtype]  # bfloat16 has 8 bits
+    # bfloat16 has 8 bits. Where one sign in twenty differs under Lion (see below) later gradients are others, too: 1.1 %
+    # on a processor without instructions for bfloat16.
+    tolerance = (2e-2 if case.rule == "lion" else 1e-2) if coarse else NORM_TOLERANCE[dtype]
     for rank in ranks:
         for norms in ("logged_norms",) if layout.deepspeed else ("logged_norms", "applied_norms"):
             assert rank[norms] == pytest.approx(one[norms], rel=tolerance)
@@ -151,7 +153,7 @@ def test_variation_was_active(table, case):
             assert rank["applied_norms"] == pytest.approx([limit] * STEPS, rel=1e-4)  # torch divides by norm + 1e-6
 
 
-# An adapter that is added to a model sharded at load time is of plain tensors, of which nobody says that they are alike.
+# An adapter that is added to a model sharded at load time is of plain tensors: nobody says that they are replicas.
 ADAPTED = [case for case in CASES if LAYOUTS[case.layout].distributed and case.variation == "lora"]
 
 
