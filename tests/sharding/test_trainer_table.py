@@ -105,7 +105,7 @@ def test_equals_one_process(table, case):
 
     dtype = torch.float32 if variation.float32 else torch.float64
     coarse = layout.sums_in_bfloat16 and case.variation == "bfloat16"
-    # bfloat16 has 8 bits. Where one sign in twenty differs under Lion (see below) later gradients are others, too: 1.1 %
+    # bfloat16 has 8 bits. Where one sign in twenty differs under Lion (see below) later gradients do, too: by 1.1 %
     # on a processor without instructions for bfloat16.
     tolerance = (2e-2 if case.rule == "lion" else 1e-2) if coarse else NORM_TOLERANCE[dtype]
     for rank in ranks:
