@@ -11,15 +11,15 @@ from hf_cwd import ending, startup
 __version__ = "0.1.0"
 __all__ = ["CWDSGD", "CWDAdamW", "CWDArgumentsMixin", "CWDLion", "CWDMuon", "CWDOptimizer", "CWDTrainer",
            "CWDTrainerMixin", "CWDTrainingArguments", "StepStatistics", "cautious_mask", "route"]  # fmt: skip
-_HOMES = {"CWDOptimizer": "optimizer", "StepStatistics": "measure", "cautious_mask": "decay",
-          "CWDTrainer": "trainer.trainer", "CWDTrainerMixin": "trainer.trainer", "route": "trainer.routing",
+_HOMES = {"CWDOptimizer": "optim.optimizer", "StepStatistics": "optim.statistics", "cautious_mask": "decay",
+          "CWDTrainer": "trainer.trainer", "CWDTrainerMixin": "trainer.trainer", "route": "routing.route",
           "CWDArgumentsMixin": "trainer.arguments", "CWDTrainingArguments": "trainer.arguments"}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES.get(name, "optimizers")
+    home = _HOMES.get(name, "optim.named")
     return globals().setdefault(name, getattr(importlib.import_module(f"hf_cwd.{home}"), name))
 
 

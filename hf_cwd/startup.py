@@ -36,9 +36,9 @@ def installed():
 
 
 def _add_to(module):
-    import hf_cwd.trainer.names  # the whole path: a directory that was left behind imports as hf_cwd
+    import hf_cwd.trainer.registration  # the whole path: a directory that was left behind imports as hf_cwd
 
-    hf_cwd.trainer.names.add_to(module)
+    hf_cwd.trainer.registration.add_to(module)
 
 
 def _add_after_import(module):

@@ -93,14 +93,14 @@ class Rank:
         """Writes ``found.json``."""
         from forked_runs import clean_state
 
-        from hf_cwd.sharding import agree
+        from hf_cwd.distributed import collectives
 
         with clean_state():
             found = self.saves()
         newest = {name: max((self.folder / name).glob("checkpoint-*"), key=step) for name in SAVES}
         found["sizes"] = {name: bench_files.size(path) for name, path in newest.items()}
         found["loads"] = self.rounds(LOADS, lambda name: self.load(name, newest["CWDTrainer"]))
-        if agree.rank() == 0:
+        if collectives.rank() == 0:
             (self.folder / "found.json").write_text(json.dumps(found))
 
     def saves(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Rank:
         from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
 
         from hf_cwd import CWDTrainer
-        from hf_cwd.trainer.manifests import CheckpointCallback
+        from hf_cwd.trainer.callbacks.checkpoint import CheckpointCallback
 
         def model() -> torch.nn.Module:
             torch.manual_seed(0)
@@ -153,27 +153,27 @@ class Rank:
         import torch
         from bench_machine import Peak
 
-        from hf_cwd.sharding import agree
+        from hf_cwd.distributed import collectives
 
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         gc.collect()
-        if agree.rank() == 0:
+        if collectives.rank() == 0:
             os.sync()
             torch.ones(self.room, dtype=torch.uint8)
-        agree.gathered(None)
+        collectives.gathered(None)
         peak = Peak("cpu")
         peak.start()
         began = time.perf_counter()
         action()
-        agree.gathered(None)
+        collectives.gathered(None)
         return time.perf_counter() - began, peak.stop()
 
     def save(self, trainer: Any, name: str) -> tuple[float, int | None]:
         from transformers import Trainer
 
         from hf_cwd import CWDTrainer
-        from hf_cwd.sharding import agree
-        from hf_cwd.trainer.manifests import CheckpointCallback
+        from hf_cwd.distributed import collectives
+        from hf_cwd.trainer.callbacks.checkpoint import CheckpointCallback
 
         folder = self.folder / name
         trainer.args.output_dir = str(folder)
@@ -184,13 +184,13 @@ class Rank:
         def action() -> None:
             kind._save_checkpoint(trainer, trainer.model_wrapped, None)
             if name == "plain, synced":
-                agree.gathered(None)
-                if agree.rank() == 0:
+                collectives.gathered(None)
+                if collectives.rank() == 0:
                     bench_files.sync(folder / f"checkpoint-{trainer.state.global_step}")
             elif name == "Trainer":
                 callback = CheckpointCallback()
                 callback.on_save(**seen, optimizer=trainer.optimizer)
-                agree.gathered(None)
+                collectives.gathered(None)
                 callback.on_step_end(**seen)
 
         return self.timed(action)

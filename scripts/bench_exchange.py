@@ -27,13 +27,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, spawn
 
-from hf_cwd.matrices import Layout
+from hf_cwd.distributed import dtensor, rank_groups
+from hf_cwd.distributed.build import Source, build
+from hf_cwd.distributed.exchange import Exchange
+from hf_cwd.distributed.matrix_stage import Stage
+from hf_cwd.distributed.plan import EXCHANGE, Plan
+from hf_cwd.newton_schulz.matrices import Layout
 from hf_cwd.rules import RULES
-from hf_cwd.sharding import dtensor, groups
-from hf_cwd.sharding.build import Source, build
-from hf_cwd.sharding.exchange import Exchange
-from hf_cwd.sharding.plan import EXCHANGE, Plan
-from hf_cwd.sharding.stage import Stage
 
 WARM_UP = 2
 LAYOUTS = ("fsdp2", "ddp", "hsdp")
@@ -128,7 +128,7 @@ def parameters(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
 def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) -> tuple[Exchange, Callable[[], None]]:
     """The exchange of these parameters, and one step of it that leaves them alone."""
     sources = [Source(p, f"matrix {i}", Layout(), stage, torch.float32) for i, p in enumerate(params)]
-    exchange = build(sources, groups.of(None), share=args.share, exchange_bytes=args.exchange_bytes)
+    exchange = build(sources, rank_groups.of(None), share=args.share, exchange_bytes=args.exchange_bytes)
     # Directions are there already, and results take their place: what a rule computes is not measured.
     parts, present = [dtensor.local(p).clone() for p in params], [True] * len(params)
 

@@ -19,7 +19,7 @@ from hf_cwd.report import page
 from hf_cwd.report.figures import figures
 from hf_cwd.report.measures import FRACTION
 from hf_cwd.report.read import Run, read
-from hf_cwd.trainer import record
+from hf_cwd.trainer.callbacks import run_record
 
 CORPUS = ROOT / "scripts/corpus/sotu.jsonl.xz"
 VOCABULARY = 4096
@@ -70,7 +70,7 @@ class Record(TrainerCallback):
     """Records what trained, also torch's AdamW, of which hf_cwd by itself leaves no record."""
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        record.write(args, model, optimizer)
+        run_record.write(args, model, optimizer)
 
 
 def summarise(run: Run, metrics: dict, *, plain: bool) -> dict:

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from usage import TRACEBACK, OneLineErrors, UsageError, check_writable, told
 
 from hf_cwd import CWDArgumentsMixin  # registers the cwd_* names, before a parser lists the choices of --optim
-from hf_cwd.trainer.naming import chosen, names
+from hf_cwd.trainer.optim_names import chosen, names
 
 # The least and the greatest value of flags that nothing else checks before the model is loaded.
 COUNT, INDEX, SHARE, ANY = (1, None), (0, 2**32 - 1), (0, 1), (0, None)

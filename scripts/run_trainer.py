@@ -18,9 +18,11 @@ from usage import UsageError, in_words, told, writing
 
 from hf_cwd import CWDTrainerMixin
 from hf_cwd.checkpoint.storage import Storage
-from hf_cwd.trainer.naming import chosen, names
+from hf_cwd.trainer.optim_names import chosen, names
 from hf_cwd.trainer.resuming import chosen_checkpoint
 
+# Parts of hf_cwd that refuse in the words of flags.
+OURS = ("hf_cwd.trainer.", "hf_cwd.routing.", "hf_cwd.checkpoint.")
 METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
 
 
@@ -89,7 +91,7 @@ def refusals() -> Iterator[None]:
         while trace.tb_next is not None:
             trace = trace.tb_next
         raised_in = trace.tb_frame.f_globals["__name__"]
-        if isinstance(error, UsageError) or not raised_in.startswith(("hf_cwd.trainer.", "hf_cwd.checkpoint.")):
+        if isinstance(error, UsageError) or not raised_in.startswith(OURS):
             raise
         raise UsageError(in_words(error)) from error
 

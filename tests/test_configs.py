@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, Trai
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_cwd  # noqa: F401  registers the cwd_* names
-from hf_cwd.trainer.options import optimizer_arguments
-from tests.trainer.conftest import tiny_llama
+from hf_cwd.trainer.handler import optimizer_arguments
+from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs/recipes").iterdir())

@@ -24,7 +24,7 @@ from hf_cwd.checkpoint.files import (
     replace_durably,
     sync_directory,
 )
-from hf_cwd.origins import listed
+from hf_cwd.optim.original_params import listed
 
 NAME = "cwd_manifest.json"
 FORMAT = 2

@@ -1,4 +1,4 @@
-"""Reading back what :mod:`hf_cwd.checkpoint.parts` wrote: all of it fits, or nothing is taken and it is said why."""
+"""Reads back what :mod:`hf_cwd.checkpoint.rank_files` wrote: it takes all of it, or nothing and says why."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_cwd.checkpoint.parts import FORMAT, KEY, STATES, WEIGHTS, describe, file_name, found
-from hf_cwd.origins import changed, listed
-from hf_cwd.sharding.dtensor import local
+from hf_cwd.checkpoint.rank_files import FORMAT, KEY, STATES, WEIGHTS, describe, file_name, found
+from hf_cwd.distributed.dtensor import local
+from hf_cwd.optim.original_params import changed, listed
 
 
 class Part:

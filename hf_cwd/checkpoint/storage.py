@@ -12,7 +12,7 @@ from typing import Any
 from hf_cwd.checkpoint import manifest
 from hf_cwd.checkpoint.files import CheckpointError, inside, sync_directory
 from hf_cwd.checkpoint.manifest import Manifest
-from hf_cwd.sharding import agree
+from hf_cwd.distributed import collectives
 
 # Not "checkpoint-*", which the Trainer would resume from or rotate. What begins with "_" is not pushed to the Hub.
 _LEFT = re.compile(r"_tmp-(checkpoint-\d+)-[0-9a-f]{8}")
@@ -38,9 +38,9 @@ class Storage:
     """
 
     def __init__(self, directory: str | Path, *, is_probed: bool = True) -> None:
-        self.directory, self.is_probed, self._rank = Path(directory), is_probed, agree.rank()
-        (self._token, *_) = agree.gathered(secrets.token_hex(4))  # not from a generator that training draws from
-        keepers = self._probe() if is_probed and agree.world() > 1 else [0] * agree.world()
+        self.directory, self.is_probed, self._rank = Path(directory), is_probed, collectives.rank()
+        (self._token, *_) = collectives.gathered(secrets.token_hex(4))  # not from a generator that training draws from
+        keepers = self._probe() if is_probed and collectives.world() > 1 else [0] * collectives.world()
         self._keeper, self.is_one = keepers[self._rank], len(set(keepers)) == 1
         peers = [rank for rank, keeper in enumerate(keepers) if keeper == self._keeper]
         self._share = slice(peers.index(self._rank), None, len(peers))
@@ -89,7 +89,7 @@ class Storage:
 
         def write() -> None:
             files = {name: entry for keeper, some in mine if keeper == self._rank for name, entry in some.items()}
-            manifest.write(checkpoint, world_size=agree.world(), files=dict(sorted(files.items())), **about)
+            manifest.write(checkpoint, world_size=collectives.world(), files=dict(sorted(files.items())), **about)
 
         together(write if self.is_keeper else None)
 
@@ -112,7 +112,7 @@ class Storage:
 
     def discard(self, staging: Path) -> None:
         """Removes what could not be saved, where no other rank may be writing into it."""
-        if agree.world() == 1:
+        if collectives.world() == 1:
             shutil.rmtree(staging, ignore_errors=True)
 
     def rotate(self, limit: int | None, keep: Iterable[str]) -> None:
@@ -200,7 +200,7 @@ def together(action: Callable[[], Any] | None) -> list[Any]:
     except Exception as caught:
         error = caught
     known = (error.what, error.advice) if isinstance(error, CheckpointError) else None
-    told = agree.gathered((result, None if error is None else (known, f"{type(error).__name__}: {error}")))
+    told = collectives.gathered((result, None if error is None else (known, f"{type(error).__name__}: {error}")))
     if error is not None:
         raise error
     for rank, (_, failure) in enumerate(told):

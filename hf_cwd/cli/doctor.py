@@ -117,7 +117,7 @@ def deepspeed(problems: list[str]) -> Report:
     """Its version, and whether it can compile what it needs when processes meet; nothing is compiled here."""
     import torch
 
-    from hf_cwd.sharding.zero import TESTED
+    from hf_cwd.distributed.deepspeed_zero import TESTED
     from hf_cwd.trainer.deepspeed import missing_tools
 
     found, works = _package("deepspeed", None)
@@ -171,8 +171,8 @@ def _compiled() -> Path:
 
 def optimizers(problems: list[str]) -> Report:
     """Whether transformers knows our names, and whether TrainingArguments take them in this environment."""
-    from hf_cwd.trainer.naming import names
-    from hf_cwd.trainer.options import handler
+    from hf_cwd.trainer.handler import handler
+    from hf_cwd.trainer.optim_names import names
 
     arguments = importlib.import_module("transformers.training_args")
     handlers = importlib.import_module("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
 
 def enable(directory: Path) -> None:
     """Writes both files into `directory`, each at once or not at all; the first without the second does nothing."""
-    from hf_cwd.trainer.naming import names
+    from hf_cwd.trainer.optim_names import names
 
     # PYTHONPATH and the working directory may have led to this hf_cwd, and will not be those of every start.
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('hf_cwd') is None)"

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_cwd.cli import ranks, zero
-from hf_cwd.cli.layouts import GRAMMAR, Zero, parallelism
+from hf_cwd.cli import cost_table
+from hf_cwd.estimate import zero
+from hf_cwd.estimate.bill import bill
+from hf_cwd.estimate.layouts import GRAMMAR, Zero, parallelism
+from hf_cwd.routing.route import Route, Routing, route
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import has_remainder, state_dtype
-from hf_cwd.trainer.naming import PREFIX, names
-from hf_cwd.trainer.options import optimizer_arguments
-from hf_cwd.trainer.routing import Route, Routing, route
+from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.trainer.optim_names import PREFIX, names
 
 # Tried in this order where a configuration does not say which model it is of.
 AUTO_CLASSES = ("CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "SpeechSeq2Seq", "ImageTextToText", "CTC")
@@ -87,8 +89,8 @@ def main(args: argparse.Namespace) -> int:
         stepped = zero.MASTER if isinstance(layout, Zero) else dtype
         states = {r.name: state_bytes(r, arguments, stepped) for r in routing.routes}
         options = {"arguments": arguments, "states": states, "dtype": dtype, "device": args.device}
-        bill = ranks.bill(model, routing, layout, **options)
-        print("", *ranks.lines(layout, bill, optim=args.optim, dtype=args.dtype, unfolded=args.all), sep="\n")
+        cost = bill(model, routing, layout, **options)
+        print("", *cost_table.lines(layout, cost, optim=args.optim, dtype=args.dtype, unfolded=args.all), sep="\n")
     return 0
 
 
@@ -197,7 +199,7 @@ def fold(rows: Sequence[Row]) -> list[Row]:
 def _folded_name(names: Sequence[str]) -> str:
     columns = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(
-        column[0] if len(set(column)) == 1 else f"{{{ranks.ranges(set(map(int, column)))}}}" for column in columns
+        column[0] if len(set(column)) == 1 else f"{{{cost_table.ranges(set(map(int, column)))}}}" for column in columns
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_cwd import kernels
 from hf_cwd.cli.errors import in_words
-from hf_cwd.optimizer import CWDOptimizer
+from hf_cwd.optim.optimizer import CWDOptimizer
 from hf_cwd.rules import COMMON, RULES
 
 Report = dict[str, str]

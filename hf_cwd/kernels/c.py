@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.kernels import build
-from hf_cwd.kernels.base import COLUMNS, Item, Row, Sums, row
+from hf_cwd.kernels.interface import COLUMNS, Item, Row, Sums, row
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -104,7 +104,7 @@ def about() -> str:
 
 
 def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    """See :class:`hf_cwd.kernels.interface.Kernel`."""
     if rule is not None and rule.direction not in OPERATIONS:
         return f"the rule {rule.name}"
     names = ("parameters", "gradients" if rule is not None else "directions", *("states",) * (len(dtypes) - 2))
@@ -113,13 +113,13 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del cache, kept
     _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], sums)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
-    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    """See :class:`hf_cwd.kernels.interface.Kernel`."""
     outputs = (replace(item, param=u, remainder=None) for item, u in zip(items, outs, strict=True))
     _run(DIRECTIONS, rule, [(output, output.grad, 1.0) for output in outputs], None)
 
@@ -131,7 +131,7 @@ def apply(
     sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
-    """See :class:`hf_cwd.kernels.base.Kernel`."""
+    """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del cache
     known = (replace(item, buffers=()) for item in items)
     _run(APPLY, None, list(zip(known, directions, scales, strict=True)), sums)

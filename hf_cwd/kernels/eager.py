@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_cwd import decay
 from hf_cwd.kernels.addresses import are_plain
-from hf_cwd.kernels.base import COLUMNS, Item, Sums, joined, split
+from hf_cwd.kernels.interface import COLUMNS, Item, Sums, joined, split
 from hf_cwd.rules.base import Rule
 
 # Elements in a block. On a CPU a few fp32 blocks stay in cache and are large enough to be shared among threads;
@@ -35,7 +35,7 @@ def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    """One step of an element-wise rule, see :class:`hf_cwd.kernels.base.Kernel`."""
+    """One step of an element-wise rule, see :class:`hf_cwd.kernels.interface.Kernel`."""
     del cache, kept
     for item in items:
         decaying = _decaying(item, sums)
@@ -50,7 +50,7 @@ def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
-    """The directions before the matrix stage, see :class:`hf_cwd.kernels.base.Kernel`."""
+    """The directions before the matrix stage, see :class:`hf_cwd.kernels.interface.Kernel`."""
     del cache
     for item, u in zip(items, outs, strict=True):
         number = wide(item.param.dtype)
@@ -67,7 +67,7 @@ def apply(
     sums: Sums | None,
     cache: dict[Any, Any],
 ) -> None:
-    """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.base.Kernel`."""
+    """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.interface.Kernel`."""
     del cache
     for item, u, scale in zip(items, directions, scales, strict=True):
         decaying = _decaying(item, sums, scale)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_cwd.orthogonalize import COEFFICIENTS
+from hf_cwd.newton_schulz.orthogonalize import COEFFICIENTS
 
 
 @dataclass(frozen=True)

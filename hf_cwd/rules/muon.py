@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.orthogonalize import FORMS, newton_schulz, singular_value
-from hf_cwd.orthogonalize import flops as newton_schulz_flops
+from hf_cwd.newton_schulz.orthogonalize import FORMS, newton_schulz, singular_value
+from hf_cwd.newton_schulz.orthogonalize import flops as newton_schulz_flops
 from hf_cwd.rules.base import Rule
 from hf_cwd.rules.hyperparameters import Choice, Coefficients, Flag, Integer, Real
 

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_cwd.trainer.naming import PREFIX, chosen
+from hf_cwd.trainer.handler import asked_for
 from hf_cwd.trainer.optim_args import as_text
-from hf_cwd.trainer.options import asked_for
+from hf_cwd.trainer.optim_names import PREFIX, chosen
 
 LOGS, NOT_FINITE, VERIFY = ("summary", "groups", "off"), ("stop", "skip", "ignore"), ("full", "fast", "off")
 

@@ -6,17 +6,17 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from hf_cwd.optimizer import CWDOptimizer
-from hf_cwd.origins import listed
-from hf_cwd.refusals import resized
-from hf_cwd.sharding.dtensor import is_dtensor
-from hf_cwd.state_dict import RESET
-from hf_cwd.states import held as held_states
-from hf_cwd.states import keys
+from hf_cwd.distributed.dtensor import is_dtensor
+from hf_cwd.log import logger, warn_once
+from hf_cwd.optim.optimizer import CWDOptimizer
+from hf_cwd.optim.original_params import listed
+from hf_cwd.optim.state import held as held_states
+from hf_cwd.optim.state import keys
+from hf_cwd.optim.state_dict import RESET
+from hf_cwd.optim.validation import resized
 from hf_cwd.trainer import deepspeed
-from hf_cwd.trainer.loading import follow
-from hf_cwd.trainer.log import logger, warn_once
-from hf_cwd.trainer.naming import PREFIX, chosen, names
+from hf_cwd.trainer.optim_names import PREFIX, chosen, names
+from hf_cwd.trainer.optimizer_loading import follow
 
 OTHER_MASK = (
     "of the Cautious Optimizers (arXiv 2411.16085), which mask the update. Cautious weight decay (arXiv 2510.12402) "

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from hf_cwd.sharding import zero
-from hf_cwd.trainer.log import warn_once
-from hf_cwd.trainer.naming import PREFIX, chosen, names, unknown_name
+from hf_cwd.distributed import deepspeed_zero
+from hf_cwd.log import warn_once
 from hf_cwd.trainer.optim_args import as_text, written
+from hf_cwd.trainer.optim_names import PREFIX, chosen, names, unknown_name
 
 # What has not been tried with the optimizers here, or cannot work: a key, whether its value asks for it, and its name.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -126,9 +126,12 @@ def check(args: Any, name: str, arguments: Mapping[str, Any]) -> None:
             f"--optim_args {args.optim_args!r} sets a second learning rate, which the scheduler of DeepSpeed's "
             'configuration overwrites: delete its "scheduler" line, and use --lr_scheduler_type'
         )
-    low, high = map(Version, zero.TESTED.split(" to "))
-    if not low <= Version(zero.version()) <= high:
-        warn_once(f"DeepSpeed {zero.version()} has not been tried with hf_cwd, whose tests run with {zero.TESTED}")
+    low, high = map(Version, deepspeed_zero.TESTED.split(" to "))
+    if not low <= Version(deepspeed_zero.version()) <= high:
+        warn_once(
+            f"DeepSpeed {deepspeed_zero.version()} has not been tried with hf_cwd, whose tests run with "
+            f"{deepspeed_zero.TESTED}"
+        )
 
 
 def meet(args: Any) -> None:

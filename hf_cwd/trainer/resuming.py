@@ -8,13 +8,13 @@ from typing import Any
 
 from hf_cwd.checkpoint import manifest
 from hf_cwd.checkpoint.files import CheckpointError, header, is_whole, pointer
-from hf_cwd.checkpoint.layout import LOAD_TIME, WHOLE, advice, saved_under
+from hf_cwd.checkpoint.saved_layout import LOAD_TIME, WHOLE, advice, saved_under
 from hf_cwd.checkpoint.storage import Storage, together
-from hf_cwd.origins import listed
-from hf_cwd.state_dict import RESET
+from hf_cwd.log import logger
+from hf_cwd.optim.original_params import listed
+from hf_cwd.optim.state_dict import RESET
 from hf_cwd.trainer.checks import innermost
-from hf_cwd.trainer.log import logger
-from hf_cwd.trainer.options import asked_for
+from hf_cwd.trainer.handler import asked_for
 
 # What the Trainer, Accelerate, DeepSpeed or this package saves: of each line something must be there.
 PARTS = {

@@ -9,10 +9,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 import hf_cwd
-from hf_cwd.checkpoint import layout, manifest
+from hf_cwd.checkpoint import manifest, saved_layout
 from hf_cwd.checkpoint.files import CheckpointError, written_early
 from hf_cwd.checkpoint.storage import Storage, together
-from hf_cwd.trainer.log import warn_once
+from hf_cwd.log import warn_once
 from hf_cwd.trainer.resuming import check_layout, chosen_checkpoint, may_begin_fresh, missing, verify_mode
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
@@ -58,14 +58,14 @@ class SavingMixin:
         return self._cwd_storage
 
     def _cwd_layout(self) -> str | None:
-        """How this run keeps its states, in the words of :mod:`hf_cwd.checkpoint.layout`."""
+        """How this run keeps its states, in the words of :mod:`hf_cwd.checkpoint.saved_layout`."""
         if self.is_deepspeed_enabled:
             stage = self.args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
-            kind = layout.PARTITIONED if stage == 3 else layout.FLAT
-            return layout.zero(kind, self.args.world_size) if stage else None
+            kind = saved_layout.PARTITIONED if stage == 3 else saved_layout.FLAT
+            return saved_layout.zero(kind, self.args.world_size) if stage else None
         if self.is_fsdp_enabled:
-            return layout.FSDP.format(self.accelerator.state.fsdp_plugin.state_dict_type.name)
-        return layout.LOAD_TIME if getattr(self, "_cwd_is_sharded", False) else layout.WHOLE
+            return saved_layout.FSDP.format(self.accelerator.state.fsdp_plugin.state_dict_type.name)
+        return saved_layout.LOAD_TIME if getattr(self, "_cwd_is_sharded", False) else saved_layout.WHOLE
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._cwd_staging is None else str(self._cwd_staging)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_cwd.optimizer import CWDOptimizer
-from hf_cwd.trainer import card
+from hf_cwd.optim.optimizer import CWDOptimizer
+from hf_cwd.trainer import model_card
+from hf_cwd.trainer.callbacks.checkpoint import CheckpointCallback
 from hf_cwd.trainer.checks import innermost
-from hf_cwd.trainer.health import FiniteGuard
-from hf_cwd.trainer.loaded_sharded import LoadedSharded
-from hf_cwd.trainer.manifests import CheckpointCallback
-from hf_cwd.trainer.naming import PREFIX, chosen, names
+from hf_cwd.trainer.non_finite import FiniteGuard
+from hf_cwd.trainer.optim_names import PREFIX, chosen, names
 from hf_cwd.trainer.saving import SavingMixin
+from hf_cwd.trainer.sharded_checkpoints import LoadedSharded
 
 
 class CWDTrainerMixin(LoadedSharded, SavingMixin):
@@ -110,7 +110,7 @@ class CWDTrainerMixin(LoadedSharded, SavingMixin):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            card.complete(self)
+            model_card.complete(self)
 
 
 class CWDTrainer(CWDTrainerMixin, Trainer):

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from hf_cwd import CWDTrainer, CWDTrainingArguments
-from tests.trainer.conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from transformers.distributed import DistributedConfig
 
 from hf_cwd import CWDTrainer
-from hf_cwd.checkpoint import parts
-from hf_cwd.sharding.dtensor import is_dtensor, local
+from hf_cwd.checkpoint import rank_files
+from hf_cwd.distributed.dtensor import is_dtensor, local
 from hf_cwd.trainer.checks import innermost
 from scripts import cpu_ranks
 from scripts.forked_runs import clean_state, finish, start
-from tests.sharding import trainer_ranks
-from tests.sharding.layouts import LAYOUTS, MODELS, STEPS, VARIATIONS, Case, Variation
+from tests.distributed import trainer_ranks
+from tests.distributed.trainer_table import LAYOUTS, MODELS, STEPS, VARIATIONS, Case, Variation
 
 HALF = f"checkpoint-{STEPS // 2}"
 WAIT = 240  # seconds that a run may take before its ranks are given up
@@ -66,7 +66,7 @@ REFUSALS = {
 
 
 def damage(kind, folder):
-    first, second = (folder / parts.file_name(rank, 2) for rank in range(2))
+    first, second = (folder / rank_files.file_name(rank, 2) for rank in range(2))
     if kind == "missing":
         second.unlink()
     elif kind == "truncated":

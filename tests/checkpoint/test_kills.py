@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.checkpoint.victims import CHAIN
-from tests.launching import ROOT, finish_all, start
+from tests.support.launching import ROOT, finish_all, start
 
 LAYOUTS = ("one", "fsdp2", "zero3")
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from hf_cwd import CWDAdamW, CWDTrainer
-from hf_cwd.checkpoint import parts
+from hf_cwd.checkpoint import rank_files
 from hf_cwd.checkpoint.restore import Part
 from scripts.bench_machine import peak_of
 from tests.checkpoint.loaded_sharded_ranks import CASES, REFUSALS
-from tests.launching import ROOT, finish, start
-from tests.trainer.conftest import arguments, tiny_data, tiny_llama  # noqa: F401
+from tests.support.launching import ROOT, finish, start
+from tests.support.tiny import arguments, tiny_data, tiny_llama  # noqa: F401
 
 PAIRS = [(world, case) for world, cases in CASES.items() for case in cases]
 LAYOUTS = "saved on {} ranks as {}, and this run has 2 ranks as fsdp_size=2: resume with the number of ranks and the"
@@ -175,7 +175,7 @@ def test_another_transformers_is_an_error_at_construction(arguments, monkeypatch
 
 
 def test_parts_are_no_use_to_a_run_in_one_process(arguments, tmp_path):  # noqa: F811
-    (tmp_path / parts.file_name(0, 2)).touch()
+    (tmp_path / rank_files.file_name(0, 2)).touch()
     args = arguments(optim="cwd_adamw")
     args.cwd_verify = "off"
     trainer = CWDTrainer(tiny_llama(), args, train_dataset=tiny_data())
@@ -207,10 +207,10 @@ ALONE = {"rank": 0, "world": 1}
 
 def test_file_is_plain_safetensors_that_bring_back_every_bit(stepped, tmp_path):
     model, optimizer = stepped
-    weights = parts.tensors_of(model)
+    weights = rank_files.tensors_of(model)
     assert list(weights) == ["half16", "full7", "matrix", "none", "flag", "count"]
-    parts.save(tmp_path / parts.file_name(0, 1), weights, optimizer, **ALONE, layout="one part")
-    loaded = load_file(tmp_path / parts.file_name(0, 1))
+    rank_files.save(tmp_path / rank_files.file_name(0, 1), weights, optimizer, **ALONE, layout="one part")
+    loaded = load_file(tmp_path / rank_files.file_name(0, 1))
     before = {name: tensor.detach().clone() for name, tensor in weights.items()}
     assert all(torch.equal(loaded[f"weights/{name}"], tensor) for name, tensor in before.items())
     states = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
@@ -237,8 +237,8 @@ def test_saving_a_part_copies_no_tensor(tmp_path):
     optimizer = CWDAdamW(model.parameters())
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
-    path, weights = tmp_path / parts.file_name(0, 1), parts.tensors_of(model)
-    needed = peak_of(lambda: parts.save(path, weights, optimizer, **ALONE), "cpu")
+    path, weights = tmp_path / rank_files.file_name(0, 1), rank_files.tensors_of(model)
+    needed = peak_of(lambda: rank_files.save(path, weights, optimizer, **ALONE), "cpu")
     if needed is None:
         pytest.skip("the kernel does not tell the peak of the resident set")
     assert needed < path.stat().st_size / 12
@@ -246,13 +246,13 @@ def test_saving_a_part_copies_no_tensor(tmp_path):
 
 def test_what_a_file_cannot_hold_is_refused_by_name(stepped, tmp_path):
     model, optimizer = stepped
-    weights, path = parts.tensors_of(model), tmp_path / parts.file_name(0, 1)
+    weights, path = rank_files.tensors_of(model), tmp_path / rank_files.file_name(0, 1)
     optimizer.param_groups[0]["mine"] = object()
     with pytest.raises(ValueError, match="parameter group 0 has mine=<object"):
-        parts.save(path, weights, optimizer, **ALONE)
+        rank_files.save(path, weights, optimizer, **ALONE)
     del optimizer.param_groups[0]["mine"], weights["full7"]
     with pytest.raises(ValueError, match=r"a parameter of shape \(7,\) that the model does not have"):
-        parts.save(path, weights, optimizer, **ALONE)
+        rank_files.save(path, weights, optimizer, **ALONE)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +267,14 @@ def test_what_a_file_cannot_hold_is_refused_by_name(stepped, tmp_path):
 )
 def test_header_that_does_not_fit_is_refused(stepped, tmp_path, change, words):
     model, optimizer = stepped
-    weights, path = parts.tensors_of(model), tmp_path / parts.file_name(0, 1)
-    parts.save(path, weights, optimizer, **ALONE)
+    weights, path = rank_files.tensors_of(model), tmp_path / rank_files.file_name(0, 1)
+    rank_files.save(path, weights, optimizer, **ALONE)
     header = path.read_bytes()
     length = int.from_bytes(header[:8], "little")
     entries = json.loads(header[8 : 8 + length])
-    about = json.loads(entries["__metadata__"][parts.KEY])
+    about = json.loads(entries["__metadata__"][rank_files.KEY])
     change(about)
-    entries["__metadata__"][parts.KEY] = json.dumps(about)
+    entries["__metadata__"][rank_files.KEY] = json.dumps(about)
     text = json.dumps(entries).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + header[8 + length :])
     with pytest.raises(ValueError, match=words):
@@ -283,8 +283,8 @@ def test_header_that_does_not_fit_is_refused(stepped, tmp_path, change, words):
 
 def test_groups_with_other_parameters_are_refused(stepped, tmp_path):
     model, optimizer = stepped
-    weights = parts.tensors_of(model)
-    parts.save(tmp_path / parts.file_name(0, 1), weights, optimizer, **ALONE)
+    weights = rank_files.tensors_of(model)
+    rank_files.save(tmp_path / rank_files.file_name(0, 1), weights, optimizer, **ALONE)
     part = Part(tmp_path, weights, **ALONE, layout="one part")
     with pytest.raises(ValueError, match=r"no longer matrix, none\. Freeze and route them as in that run"):
         part.optimizer_state(CWDAdamW([model.half16, model.full7]))

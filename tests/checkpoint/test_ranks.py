@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.support.launching import ROOT, launch
 
 
 @pytest.fixture(scope="module")

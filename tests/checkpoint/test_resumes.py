@@ -7,7 +7,7 @@ import pytest
 
 from hf_cwd.rules import RULES
 from tests.checkpoint.resumes import CELLS, LOSSES, LOSSY, STEPS, TRAINERS, VARIATIONS, trainers
-from tests.launching import ROOT, launch
+from tests.support.launching import ROOT, launch
 
 STATES = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1}  # of each weight, at least
 

@@ -18,11 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer
 
-from hf_cwd import CWDTrainer, CWDTrainingArguments
+from hf_cwd import CWDTrainer, CWDTrainingArguments, log
 from hf_cwd.checkpoint import manifest
 from hf_cwd.checkpoint.files import CheckpointError
-from hf_cwd.trainer import log
-from tests.trainer.conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 RESET, OFF = "on_rule_change=reset", "cwd_verify=off"
 STEPS, SAVED = 6, 4
@@ -405,18 +404,18 @@ def test_the_plain_trainer_takes_the_newest_as_ever(saved, tmp_path, caplog):
 def test_what_hf_cwd_puts_around_the_trainer_is_undone():
     import transformers.trainer as module
 
-    from hf_cwd.trainer import names
+    from hf_cwd.trainer import registration
 
     ours = module.get_last_checkpoint, Trainer._load_optimizer_and_scheduler
-    names.register()
+    registration.register()
     assert (module.get_last_checkpoint, Trainer._load_optimizer_and_scheduler) == ours, "once"
-    names.unregister()
+    registration.unregister()
     try:
         theirs = module.get_last_checkpoint, Trainer._load_optimizer_and_scheduler
         assert [each.__wrapped__ for each in ours] == [*theirs]
         assert not any(hasattr(each, "_hf_cwd_original") for each in theirs)
     finally:
-        names.register()
+        registration.register()
 
 
 @pytest.mark.parametrize(

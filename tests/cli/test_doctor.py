@@ -17,9 +17,9 @@ from torch.utils.file_baton import FileBaton
 
 from hf_cwd import decay, kernels
 from hf_cwd.cli import doctor, enable, self_check
+from hf_cwd.distributed import deepspeed_zero
 from hf_cwd.rules import RULES, Rule
-from hf_cwd.sharding import zero
-from hf_cwd.trainer import names
+from hf_cwd.trainer import registration
 
 
 def run(folder, *flags, **environment):
@@ -81,7 +81,7 @@ def test_broken_packages_are_reported_and_the_rest_still_is(tmp_path):
     assert versions["deepspeed"] == "broken: SystemExit: no compiler"
     assert versions["peft"] == "broken: ModuleNotFoundError: No module named 'a_missing_part'"
     assert (versions["evaluate"], versions["trl"]) == ("7.7", "not installed")
-    assert report["DeepSpeed"] == {"deepspeed": f"broken: SystemExit: no compiler; tested: {zero.TESTED}"}
+    assert report["DeepSpeed"] == {"deepspeed": f"broken: SystemExit: no compiler; tested: {deepspeed_zero.TESTED}"}
     assert report["Optimizers"] == {"error": "RuntimeError: made for another torch"}
     assert report["Self-check"]["auto on cpu"] == "; ".join(f"{rule} ok" for rule in RULES)
     assert report["Problems"] == [  # hf_cwd trains without the others
@@ -154,13 +154,13 @@ def test_a_kernel_that_cannot_run_says_why_and_is_not_checked(monkeypatch):
 
 def test_names_that_transformers_does_not_know():
     problems = []
-    names.unregister()
+    registration.unregister()
     try:
         report = doctor.optimizers(problems)
     finally:
-        names.register()
+        registration.register()
     assert report["--optim cwd_lion"] == "LookupError: not registered"
-    assert problems == [f"--optim {name}: LookupError: not registered" for name in names.names()]
+    assert problems == [f"--optim {name}: LookupError: not registered" for name in registration.names()]
     handlers = sys.modules["transformers.trainer_optimizer"]._OPTIMIZER_HANDLERS
     ours = handlers.pop(transformers.training_args.OptimizerNames("cwd_lion"))
     try:
@@ -254,7 +254,7 @@ def test_with_an_accelerator_deepspeed_compiles_nothing_at_its_start(operations,
 
 def test_deepspeed_that_is_absent_or_untried(operations, monkeypatch):
     problems = []
-    monkeypatch.setattr(zero, "TESTED", "0.1.2 to 0.3.4")
+    monkeypatch.setattr(deepspeed_zero, "TESTED", "0.1.2 to 0.3.4")
     assert doctor.deepspeed(problems)["deepspeed"].endswith(", not tried with hf_cwd: tests run with 0.1.2 to 0.3.4")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setenv("PATH", "")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_cwd.rules import RULES
-from tests.launching import IMPORTS, ROOT, Environment, finish, flags, start, write_material
+from tests.support.launching import IMPORTS, ROOT, Environment, finish, flags, start, write_material
 
 COMMAND = ("-c", "import sys; from hf_cwd.cli import main; sys.exit(main())")
 SCRIPT = ROOT / "tests/trainer/scripts/unmodified.py"
@@ -103,7 +103,7 @@ def test_without_hf_cwd_everything_else_works(enabled, tmp_path):
     (tmp_path / "broken/hf_cwd/__init__.py").write_text("import a_package_that_is_gone")
     reasons = {
         "uninstalled": "",
-        "leftover": "(ModuleNotFoundError: No module named 'hf_cwd.trainer.names')",
+        "leftover": "(ModuleNotFoundError: No module named 'hf_cwd.trainer.registration')",
         "broken": "(ModuleNotFoundError: No module named 'a_package_that_is_gone')",
     }
     target = os.readlink(enabled.package)

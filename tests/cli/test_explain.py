@@ -7,9 +7,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, Trainer, TrainingArguments
 
-from hf_cwd.cli import explain, main
-from hf_cwd.cli import ranks as table_of_ranks
-from tests.trainer.conftest import TINY, tiny_llama
+from hf_cwd.cli import cost_table, explain, main
+from tests.support.tiny import TINY, tiny_llama
 
 
 @pytest.fixture
@@ -172,10 +171,10 @@ def test_ranks_are_folded(explained, monkeypatch, tmp_path):
     LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8).save_pretrained(tmp_path)
     lines = explained(tmp_path, "--layout", "fsdp2", "--world", 1024)
     costs = ranks(lines)
-    assert len(costs) <= table_of_ranks.LINES
+    assert len(costs) <= cost_table.LINES
     assert sum(int(b or a) - int(a) + 1 for a, _, b in (name.partition("-") for name in costs)) == 1024
     assert lines[-1].endswith("968 of 1,024 ranks have no matrix to orthogonalise")
-    monkeypatch.setattr(table_of_ranks, "LINES", 3)
+    monkeypatch.setattr(cost_table, "LINES", 3)
     (name, values), *others = ranks(explained(tmp_path, "--layout", "fsdp2=1024")).items()
     assert (name, others) == ("0-1023", [])
     low, high = (int(part.replace(",", "")) for part in values[4].split(" to "))

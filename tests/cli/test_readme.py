@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hf_cwd.cli import main
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 HEAD = "| model | GPUs | layout | weights | gradients | states, masters | buffers | received | orthogonalised |"
 

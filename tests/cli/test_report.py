@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_cwd  # noqa: F401  registers the names
 from hf_cwd import cli
-from tests.trainer.conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 MINUS = "\N{MINUS SIGN}"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hf_cwd.rules import RULES
 from tests.kernels.table import APPLY, Case, Dtypes, Root
-from tests.reference.arithmetic import Result, Settings, Stored
+from tests.support.reference.arithmetic import Result, Settings, Stored
 
 INF, NAN, TINY, MAX = np.inf, np.nan, 2.0**-149, float(np.finfo(np.float32).max)
 Row = Sequence[float]

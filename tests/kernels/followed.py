@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cwd.kernels import base
-from tests.reference import arithmetic
-from tests.reference.arithmetic import Stored
+from hf_cwd.kernels import interface
+from tests.support.reference import arithmetic
+from tests.support.reference.arithmetic import Stored
 
 HYPER: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
@@ -20,10 +20,10 @@ STATES = {"adamw": 2, "lion": 1, "sgd": 1}
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def settings(rule: str, **given: Any) -> base.Settings:
+def settings(rule: str, **given: Any) -> interface.Settings:
     common = {"lr": 1e-2, "weight_decay": 0.1, "cautious": True, "mask": "ge", "maximize": False}
     own = {"hyper": tuple(HYPER[rule].items()), "kernel": "triton", "capturable": False}
-    return base.Settings(**(common | own | given))
+    return interface.Settings(**(common | own | given))
 
 
 def placed(stored: Stored, offset: int = 0) -> Tensor:
@@ -46,7 +46,7 @@ class Followed:
         self.states = tuple(placed(state, offset) for state in self.right_states)
         self.grad = torch.empty(0)
 
-    def item(self) -> base.Item:
+    def item(self) -> interface.Item:
         """The next step's, with a gradient at another address; the reference makes that step."""
         self.steps += 1
         grad = Stored.of(self.rng.normal(0, 1e-2, len(self.right.bits)), self.dtype)
@@ -56,7 +56,7 @@ class Followed:
         u, self.right_states, finite = arithmetic.directed(self.rule, grad, self.right_states, given)
         result = arithmetic.stepped(self.right, None, u, self.right_states, given, finite)
         self.right, self.sums = result.param, result.sums
-        return base.Item(self.param, self.grad, self.states, None, self.steps, self.settings, self.param)
+        return interface.Item(self.param, self.grad, self.states, None, self.steps, self.settings, self.param)
 
     def problems(self, name: Any = "") -> Iterator[str]:
         pairs = [(self.param, self.right), *zip(self.states, self.right_states, strict=True)]

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from hf_cwd.kernels import base
+from hf_cwd.kernels import interface
 from tests.kernels import truth
 from tests.kernels.table import APPLY, Case
-from tests.reference.arithmetic import F
+from tests.support.reference.arithmetic import F
 
-Row, Settings = base.Row, base.Settings
+Row, Settings = interface.Row, interface.Settings
 
 
 # --- Wrong rows: what a fused kernel reads ---
@@ -67,7 +67,7 @@ def rows(mutate: Callable[[Row], Row]) -> Iterator[None]:
     def mutated(*args: Any, **named: Any) -> Row:
         return mutate(true(*args, **named))
 
-    true = base.row
+    true = interface.row
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("hf_cwd.kernels") and getattr(module, "row", None) is true:
@@ -104,13 +104,13 @@ class Mutated:
     def __init__(self, kernel: Any, change: Callable[[Settings], Settings]) -> None:
         self.kernel, self.change, self.refusal = kernel, change, kernel.refusal
 
-    def _changed(self, items: Sequence[base.Item]) -> list[base.Item]:
+    def _changed(self, items: Sequence[interface.Item]) -> list[interface.Item]:
         return [replace(item, settings=self.change(item.settings)) for item in items]
 
-    def update(self, rule: Any, items: Sequence[base.Item], *rest: Any) -> None:
+    def update(self, rule: Any, items: Sequence[interface.Item], *rest: Any) -> None:
         self.kernel.update(rule, self._changed(items), *rest)
 
-    def apply(self, items: Sequence[base.Item], *rest: Any) -> None:
+    def apply(self, items: Sequence[interface.Item], *rest: Any) -> None:
         self.kernel.apply(self._changed(items), *rest)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.reference.arithmetic import Stored, split
+from tests.support.reference.arithmetic import Stored, split
 
 Array = np.ndarray
 # Smallest denormal, smallest normal, one and the largest number of each dtype, as bits; with both signs.

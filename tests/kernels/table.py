@@ -1,7 +1,7 @@
 """The cases of the truth table: every operation, dtype, mode, branch and special value, and what must come out.
 
 A case is one call of a kernel with several parameters. What is expected of it is computed once, by
-tests/reference/arithmetic.py.
+tests/support/reference/arithmetic.py.
 """
 
 import functools
@@ -15,8 +15,8 @@ import numpy as np
 
 from hf_cwd.rules import RULES
 from tests.kernels.numbers import Numbers
-from tests.reference import arithmetic
-from tests.reference.arithmetic import Result, Settings
+from tests.support.reference import arithmetic
+from tests.support.reference.arithmetic import Result, Settings
 
 Root = Callable[[np.ndarray], np.ndarray]
 DTYPES = ("float32", "bfloat16", "float16")

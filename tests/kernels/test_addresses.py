@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_cwd import CWDAdamW, CWDMuon, CWDOptimizer, StepStatistics
-from hf_cwd.kernels import base, dispatch, eager
+from hf_cwd.kernels import eager, interface, selection
 from hf_cwd.kernels.addresses import are_plain, lacks_memory, obstacle, overlaps_itself, share_memory
 from hf_cwd.rules import RULES
 from tests.kernels.followed import settings
@@ -32,7 +32,7 @@ def is_taken(kind, place):
 
 @pytest.fixture
 def warnings(caplog):
-    dispatch._said.clear()
+    selection._said.clear()
     caplog.set_level(logging.WARNING, logger="hf_cwd")
     return caplog
 
@@ -208,12 +208,12 @@ def test_what_is_plain():
 
 def test_each_device_has_its_calls(monkeypatch):
     """A kernel is launched for the tensors of one device: models whose layers lie on several are stepped as well."""
-    monkeypatch.setattr(dispatch, "_kernel", lambda name, device, rule, dtypes: eager)
+    monkeypatch.setattr(selection, "_kernel", lambda name, device, rule, dtypes: eager)
     made = settings("lion")
     devices = ["cpu", "meta", "cpu", "meta"]
     tensors = [torch.zeros(3, device=device) for device in devices]
-    items = [base.Item(t, t, (t,), None, 1, made, t) for t in tensors]
-    found = dispatch.calls(RULES["lion"], items)
+    items = [interface.Item(t, t, (t,), None, 1, made, t) for t in tensors]
+    found = selection.calls(RULES["lion"], items)
     assert [[item.param.device.type for item in call.items] for call in found] == [["cpu"] * 2, ["meta"] * 2]
 
 
@@ -221,9 +221,9 @@ def test_a_part_of_another_shape():
     """As a DTensor's state is that was placed otherwise."""
     p = torch.zeros(6)
     made = settings("lion")._replace(kernel="auto")
-    item = base.Item(p, torch.zeros(6), (torch.zeros(3),), None, 1, made, p)
+    item = interface.Item(p, torch.zeros(6), (torch.zeros(3),), None, 1, made, p)
     with pytest.raises(RuntimeError, match=r"shape \(6,\), and its gradient and states \(6,\), \(3,\)"):
-        dispatch.calls(RULES["lion"], [item])
+        selection.calls(RULES["lion"], [item])
 
 
 def test_matrices_of_wrappers_are_orthogonalised():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cwd.kernels import base
-from tests.reference.arithmetic import F, Stored, fma, joined, lerp, narrow, sign, split, widen
+from hf_cwd.kernels import interface
+from tests.support.reference.arithmetic import F, Stored, fma, joined, lerp, narrow, sign, split, widen
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN are among the numbers
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,9 +126,9 @@ def test_remainders_are_those_of_the_package():
     remainder = lower.view(np.int16)
     param, rest = torch.from_numpy(upper.view(np.int16).copy()).view(torch.bfloat16), torch.from_numpy(remainder.copy())
     master = joined(upper, remainder)
-    wide = base.joined(param, rest)
+    wide = interface.joined(param, rest)
     assert (wide.view(torch.int32).numpy().view(np.uint32) == master.view(np.uint32)).all()
-    base.split(wide, param, rest)
+    interface.split(wide, param, rest)
     new_upper, new_remainder = split(master)
     assert (param.view(torch.int16).numpy().view(np.uint16) == new_upper).all()
     assert (rest.numpy() == new_remainder).all()

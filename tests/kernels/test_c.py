@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from hf_cwd.kernels import build, c, eager
-from hf_cwd.kernels.base import Item, Settings, Sums
+from hf_cwd.kernels.interface import Item, Settings, Sums
 from hf_cwd.rules import RULES
 from tests.kernels import truth
 from tests.kernels.table import APPLY, MODES, RATES, Case, Dtypes, Parameter, settings, variations

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_cwd.kernels import c, eager
-from hf_cwd.kernels.base import Sums
+from hf_cwd.kernels.interface import Sums
 from hf_cwd.rules import RULES
 from tests.kernels.followed import HYPER, Followed
 

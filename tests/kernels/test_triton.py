@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_cwd.kernels import base, tables, triton
+from hf_cwd.kernels import interface, triton
+from hf_cwd.kernels.triton import tables
 from hf_cwd.rules import RULES
 from tests.kernels.followed import settings
 from tests.kernels.triton_compiled import SUMMED, VARIANTS
@@ -112,21 +113,21 @@ def test_the_layouts_of_both_sides_agree():
     ops = triton.kernels()
     for name in ("WORDS", "LENGTH", "ROW", "FIELDS", "SOURCES", "PLACES"):
         assert getattr(ops, name).value == getattr(tables, name), name
-    assert ops.COLUMNS.value == base.COLUMNS
-    assert [getattr(ops, field.upper()).value for field in base.Row._fields] == list(range(tables.FIELDS))
+    assert ops.COLUMNS.value == interface.COLUMNS
+    assert [getattr(ops, field.upper()).value for field in interface.Row._fields] == list(range(tables.FIELDS))
 
 
 def test_every_fused_rule_has_an_operation():
-    assert triton.OPERATIONS.keys() == triton.STATES.keys() == base.FUSED.keys()
+    assert triton.OPERATIONS.keys() == triton.STATES.keys() == interface.FUSED.keys()
 
 
 def test_items_of_a_few_settings_share_rows():
     """Settings are those of a group if they are one object: groups that are alike may part. So are steps, on a GPU."""
     empty, groups = torch.empty(0), [settings("adamw"), settings("adamw")]
-    items = [base.Item(empty, empty, (), None, 1 + k // 8, groups[k % 2], empty) for k in range(12)]
+    items = [interface.Item(empty, empty, (), None, 1 + k // 8, groups[k % 2], empty) for k in range(12)]
     rows = tables.rows(RULES["adamw"], items, [1.0] * 12)
     assert rows.places == [0, 1] * 4 + [2, 3] * 2
-    assert rows.rows == [base.row(RULES["adamw"], items[k].settings, items[k].step) for k in (0, 1, 8, 9)]
+    assert rows.rows == [interface.row(RULES["adamw"], items[k].settings, items[k].step) for k in (0, 1, 8, 9)]
     assert not rows.sources
     assert tables.rows(None, items, [1.0] * 12).places == [0, 1] * 6, "to decay and apply, the step does not matter"
     steps = [torch.ones(()), torch.ones(())]
@@ -138,7 +139,7 @@ def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
     """A graph's replays copy from its host memory into its table, while other steps go on."""
     monkeypatch.setattr(tables.Table, "_pinned", lambda self: self.host.clone())
     x, *grads = torch.zeros(4, 8).unbind()
-    item = base.Item(x, x, (), None, torch.ones(()), settings("sgd", capturable=True), x)
+    item = interface.Item(x, x, (), None, torch.ones(()), settings("sgd", capturable=True), x)
     rows, own = tables.rows(None, [item], [1.0]), tables.Tables()
 
     def written(grad, capturing):
@@ -160,7 +161,7 @@ def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
 
 def test_a_learning_rate_on_the_device_must_be_one_that_the_kernel_reads():
     lr = torch.tensor(1e-3, dtype=torch.bfloat16)
-    item = base.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr), lr)
+    item = interface.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr), lr)
     with pytest.raises(ValueError, match=r"lr is a tensor of torch\.bfloat16"):
         tables.rows(RULES["lion"], [item], [1.0])
 

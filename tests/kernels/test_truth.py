@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from hf_cwd import kernels
-from hf_cwd.kernels import base, c, eager
+from hf_cwd.kernels import c, eager, interface
 from hf_cwd.rules import COMMON, RULES
 from tests.kernels import by_hand, mutants, truth
 from tests.kernels.numbers import crossing
 from tests.kernels.table import APPLY, DECAYS, MODES, VARIATIONS, Case, at_call, dtypes_of, variations
-from tests.reference import arithmetic
+from tests.support.reference import arithmetic
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_kernel(run, part, case):
 def test_mutants_are_noticed(run, mutant):
     """By each operation's cases by themselves: a kernel that drops the mask of one rule fails (house rule 1)."""
     if mutant in mutants.OF_ROWS and run == "eager":
-        return  # it has no rows; tests/test_mutations.py twists the definition that it follows
+        return  # it has no rows; tests/rules/test_mutations.py twists the definition that it follows
     noticed = results(run, "mutants")[mutant]
     assert {name.split()[0] for name in noticed} == {rule for rule in RULES if RULES[rule].matrix is None} | {APPLY}
     assert set(noticed.values()) == {mutant not in mutants.HARMLESS}, noticed
@@ -116,7 +116,7 @@ def test_mutants_are_noticed(run, mutant):
 
 def test_every_rule_and_kernel_is_in_the_table():
     assert set(VARIATIONS) == set(RULES) == set(arithmetic.DIRECTIONS)
-    assert {RULES[name].direction for name in VARIATIONS} == set(base.FUSED)
+    assert {RULES[name].direction for name in VARIATIONS} == set(interface.FUSED)
     assert {case.rule for case in by_hand.CASES} == {*RULES, APPLY}
     assert {run.split()[0] for run in RUNS} >= set(kernels.KERNELS) - ({"c"} if c.unavailable(CPU) else set())
     assert set(kernels.KERNELS) == {"eager", "c", "triton"} == set(COMMON["kernel"].choices) - {"auto"}

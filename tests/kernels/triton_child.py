@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from hf_cwd.kernels import triton
 from tests.kernels import by_hand, mutants, truth
-from tests.reference import arithmetic
+from tests.support.reference import arithmetic
 
 
 def fused(self: Any, x: Any, y: Any, z: Any) -> Any:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from hf_cwd import CWDOptimizer
-from hf_cwd.kernels import base, dispatch, tables, triton
+from hf_cwd.kernels import interface, selection, triton
+from hf_cwd.kernels.triton import tables
 from hf_cwd.rules import RULES
-from tests import steady
 from tests.kernels import odd
 from tests.kernels.followed import HYPER, Followed, settings
+from tests.optim import steady
 
 CASES: dict[str, Callable[[], Iterator[str]]] = {}
 
@@ -57,7 +58,7 @@ class Recorder:
         return launch
 
 
-def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], sums: base.Sums | None = None) -> None:
+def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], sums: interface.Sums | None = None) -> None:
     triton.update(RULES[rule], [one.item() for one in followed], sums, cache, {})
 
 
@@ -76,7 +77,7 @@ def sizes_around_a_chunk() -> Iterator[str]:
 
 @case
 def only_empty_tensors() -> Iterator[str]:
-    sums = base.Sums()
+    sums = interface.Sums()
     stepped("adamw", [Followed("adamw", 0, seed=0)], {}, sums)
     triton.update(RULES["adamw"], [], sums, {}, {})
     triton.directions(RULES["muon"], [], [], {})
@@ -147,11 +148,11 @@ def the_same_address_with_another_length_or_dtype() -> Iterator[str]:
     x, g, m = torch.full((64,), 1.0), torch.full((64,), 1.0), torch.zeros(64)
     given = settings("lion", lr=0.5, weight_decay=0.0)
     for n in (64, 32):
-        triton.update(RULES["lion"], [base.Item(x[:n], g[:n], (m[:n],), None, 1, given, x)], None, cache, {})
+        triton.update(RULES["lion"], [interface.Item(x[:n], g[:n], (m[:n],), None, 1, given, x)], None, cache, {})
     if x.tolist() != [0.0] * 32 + [0.5] * 32:
         yield f"{x.tolist()}"
     half = x.view(torch.bfloat16)[:64].fill_(1.0)
-    triton.update(RULES["lion"], [base.Item(half, g, (m,), None, 1, given, x)], None, cache, {})
+    triton.update(RULES["lion"], [interface.Item(half, g, (m,), None, 1, given, x)], None, cache, {})
     if half.tolist() != [0.5] * 64:
         yield f"{half.tolist()}"
 
@@ -183,14 +184,14 @@ def items_that_are_kept() -> Iterator[str]:
 @case
 def odd_tensors() -> Iterator[str]:
     """Steps in which the eager kernel takes what has no address, and these kernels the rest."""
-    dispatch.FASTEST["cpu"] = "triton"
-    dispatch._kernel.cache_clear()
+    selection.FASTEST["cpu"] = "triton"
+    selection._kernel.cache_clear()
     try:
         for rule in RULES:
             yield from (f"{rule}: {text}" for text in odd.problems(rule))
     finally:
-        dispatch.FASTEST["cpu"] = "c"
-        dispatch._kernel.cache_clear()
+        selection.FASTEST["cpu"] = "c"
+        selection._kernel.cache_clear()
 
 
 @case
@@ -222,7 +223,7 @@ def sums_of_each_tensor() -> Iterator[str]:
     some.append(Followed("adamw", 77, seed=9, weight_decay=0.0))
     cache: dict[Any, Any] = {}
     for _ in range(2):
-        sums = base.Sums()
+        sums = interface.Sums()
         items = [one.item() for one in some]
         triton.update(RULES["adamw"], items, sums, cache, {})
         (call,) = sums.calls
@@ -241,7 +242,7 @@ def directions_of_lengths_that_lie_badly() -> Iterator[str]:
     made = settings("lion")._replace(hyper=(("momentum", 0.0), ("nesterov", False)))
     for last in ((8, 8), (3, 5), (0, 4)):
         grads = [torch.randn(shape) for shape in ((4, 8), (2, 16), (48, 1), last, (16, 16))]
-        items = [base.Item(g, g, (torch.zeros_like(g),), None, 1, made, g) for g in grads]
+        items = [interface.Item(g, g, (torch.zeros_like(g),), None, 1, made, g) for g in grads]
         for dtype in (torch.float32, torch.bfloat16):
             outs = torch.full((sum(g.numel() for g in grads),), torch.nan, dtype=dtype).split(
                 [g.numel() for g in grads]
@@ -262,7 +263,7 @@ def offsets_beyond_32_bits() -> Iterator[str]:
             words = torch.zeros(1, 8, dtype=torch.int64)
             words[0, :3] = torch.tensor([t.data_ptr() - chunk * block * t.element_size() for t in (x, g, m)])
             words[0, tables.LENGTH] = (1 << 33) + block // 2  # the last of these chunks is not a full one
-            rows = torch.tensor([base.row(RULES["lion"], settings("lion", lr=0.5, weight_decay=0.0), 1)])
+            rows = torch.tensor([interface.row(RULES["lion"], settings("lion", lr=0.5, weight_decay=0.0), 1)])
             kind = triton._type(dtype)
             ops.walk[(1,)](
                 *(words, torch.tensor([[0, chunk]], dtype=torch.int32), rows, None),
@@ -292,10 +293,10 @@ def rows_from_the_device_are_the_host_s() -> Iterator[str]:
                 yield from _rows_differ(rule, made._replace(lr=rates[(j + k) % 4]))
 
 
-def _rows_differ(rule: str, made: base.Settings) -> Iterator[str]:
+def _rows_differ(rule: str, made: interface.Settings) -> Iterator[str]:
     steps = [*range(1, 20), 100, 999, 12345, 10**6, 2**24]
     here = [torch.tensor(float(step)) for step in steps]
-    items = [base.Item(torch.empty(0), torch.empty(0), (), None, step, made, step) for step in here]
+    items = [interface.Item(torch.empty(0), torch.empty(0), (), None, step, made, step) for step in here]
     for applied in (False, True):
         scales = [0.2 * (k + 1) ** 0.5 if applied else 1.0 for k in range(len(steps))]
         given = tables.rows(None if applied else RULES[rule], items, scales)
@@ -306,9 +307,9 @@ def _rows_differ(rule: str, made: base.Settings) -> Iterator[str]:
             triton.kernels().fill_rows[(len(templates),)](words, words.view(torch.float64), templates, found)
         at = made._replace(lr=float(made.lr))
         for k, (step, scale) in enumerate(zip(steps, scales, strict=True)):
-            right = torch.tensor(base.row(None if applied else RULES[rule], at, 1 if applied else step, scale))
+            right = torch.tensor(interface.row(None if applied else RULES[rule], at, 1 if applied else step, scale))
             if not torch.equal(found[k].view(torch.int32), right.view(torch.int32)):
-                wrong = [name for name, a, b in zip(base.Row._fields, found[k], right, strict=True) if a != b]
+                wrong = [name for name, a, b in zip(interface.Row._fields, found[k], right, strict=True) if a != b]
                 yield f"{rule} {made} step {step}: {wrong}"
 
 

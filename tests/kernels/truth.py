@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cwd.kernels import base
+from hf_cwd.kernels import interface
 from hf_cwd.rules import RULES
 from tests.kernels.table import APPLY, Case, Parameter, at_call, cases
-from tests.reference.arithmetic import F, Result, Stored
+from tests.support.reference.arithmetic import F, Result, Stored
 
 __all__ = ["cases", "for_capturable", "run"]
 
@@ -31,7 +31,7 @@ def run(
     """Runs a kernel over cases.
 
     Args:
-        kernel: a module or an object with the operations of :class:`hf_cwd.kernels.base.Kernel`.
+        kernel: a module or an object with the operations of :class:`hf_cwd.kernels.interface.Kernel`.
         eager: it is made of torch's own operations. torch's square root on a CPU is one unit off in every sixth
             element, so that it is given to the reference; and with a beta of 0 torch's lerp gives the last elements
             of a tensor a zero of the other sign, which is not looked at.
@@ -104,20 +104,20 @@ class _Tensors:
         is_float32 = float(F(parameter.settings.lr)) == parameter.settings.lr
         self.lr = torch.zeros((), dtype=torch.float32 if is_float32 else torch.float64, device=device)
 
-    def item(self, rule: str, parameter: Parameter, call: int, capturable: bool) -> base.Item:
+    def item(self, rule: str, parameter: Parameter, call: int, capturable: bool) -> interface.Item:
         chosen = at_call(parameter.settings, call)
         step, lr = (self.step.fill_(chosen.step), self.lr.fill_(chosen.lr)) if capturable else (chosen.step, chosen.lr)
         named = ("weight_decay", "cautious", "mask", "maximize")
-        given = base.Settings(
+        given = interface.Settings(
             **{name: getattr(chosen, name) for name in named},
             **{"hyper": tuple(chosen.hyper.items()), "lr": lr, "kernel": "auto", "capturable": capturable},
         )
         remainder = None if self.remainder is None else self.remainder.view
         param = self.param.view
         if rule == APPLY:  # the gradient is not looked at
-            return base.Item(param, torch.empty(0), (), remainder, step, given, param)
+            return interface.Item(param, torch.empty(0), (), remainder, step, given, param)
         states = tuple(state.view for state in self.states)
-        return base.Item(param, self.grad.view, states, remainder, step, given, param)
+        return interface.Item(param, self.grad.view, states, remainder, step, given, param)
 
 
 def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager: bool, capturable: bool) -> list[str]:
@@ -132,7 +132,7 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
         size = {2: np.uint16, 4: np.uint32}[TORCH[case.out].itemsize]
         outs = [_Placed.of(np.full(one.grad.numel, 0x3A5A, size), case.out, device, 0) for one in tensors]
     for call in range(case.calls):
-        sums = base.Sums() if case.counted else None
+        sums = interface.Sums() if case.counted else None
         items = [one.item(case.rule, p, call, capturable) for one, p in zip(tensors, case.parameters, strict=True)]
         try:
             if rule is None:
@@ -156,7 +156,7 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
     return problems
 
 
-def _summed(sums: base.Sums, items: Sequence[base.Item], expected: Sequence[Result]) -> Iterable[str]:
+def _summed(sums: interface.Sums, items: Sequence[interface.Item], expected: Sequence[Result]) -> Iterable[str]:
     found = {id(p): row for call in sums.calls for p, row in zip(call.owners, call.numbers.tolist(), strict=True)}
     if len(found) != len(items):
         yield f"sums of {len(found)} parameters"

@@ -12,7 +12,7 @@ from hf_cwd.report.parts import without_repetitions
 from hf_cwd.report.plan import charts
 from hf_cwd.report.read import read
 from hf_cwd.report.series import Series, by_key
-from hf_cwd.trainer.diagnostics import KEYS
+from hf_cwd.trainer.callbacks.diagnostics import KEYS
 from tests.report.conftest import logged, written
 
 

@@ -6,7 +6,7 @@ import bench_checkpoint
 import pytest
 from material import LLAMA
 
-from tests.launching import ROOT, launch
+from tests.support.launching import ROOT, launch
 
 LAYOUTS = ("one", "zero3")
 FLOATS = 4  # bytes

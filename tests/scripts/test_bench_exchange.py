@@ -7,11 +7,11 @@ import bench_exchange
 import pytest
 import torch
 
-from hf_cwd.matrices import Layout
-from hf_cwd.sharding.pieces import Mesh, Shard
-from hf_cwd.sharding.plan import Entry, plan
-from hf_cwd.sharding.stage import Stage
-from tests.launching import ROOT, launch
+from hf_cwd.distributed.geometry import Mesh, Shard
+from hf_cwd.distributed.matrix_stage import Stage
+from hf_cwd.distributed.plan import Entry, plan
+from hf_cwd.newton_schulz.matrices import Layout
+from tests.support.launching import ROOT, launch
 
 LAYERS, HIDDEN, INNER, EXCHANGE_BYTES = 2, 16, 48, 4096
 

@@ -14,7 +14,7 @@ from bench_targets import goals
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_cwd.kernels import c
-from tests.launching import ROOT, launch
+from tests.support.launching import ROOT, launch
 
 TINY = "2*16x16,1*8x32,3*24"
 

@@ -10,7 +10,7 @@ import torch
 from material import LLAMA
 from transformers import LlamaConfig
 
-from tests.launching import ROOT, finish, free_port, start
+from tests.support.launching import ROOT, finish, free_port, start
 
 OPTIMIZERS = ["adamw_torch_fused", "cwd_adamw", "cwd_muon:nesterov=false", "cwd_lion:warp=9"]
 

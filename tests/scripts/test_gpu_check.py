@@ -14,7 +14,7 @@ import pytest
 from material import LLAMA
 from transformers import LlamaConfig
 
-from tests.launching import ROOT, finish, start
+from tests.support.launching import ROOT, finish, start
 
 # Stands in for the parts: leaves its checks, then ends as its name says.
 PROGRAM = """

@@ -5,7 +5,7 @@ import math
 from torch.utils.data import SequentialSampler
 
 from hf_cwd import CWDTrainer
-from tests.trainer.conftest import tiny_data
+from tests.support.tiny import tiny_data
 
 BATCH = 4
 

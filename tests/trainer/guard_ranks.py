@@ -15,10 +15,10 @@ import torch
 from hf_cwd import CWDTrainingArguments
 from scripts import cpu_ranks
 from scripts.forked_runs import clean_state
-from tests.sharding.layouts import zero
-from tests.sharding.trainer_ranks import weights
+from tests.distributed.trainer_ranks import weights
+from tests.distributed.trainer_table import zero
+from tests.support.tiny import tiny_llama
 from tests.trainer.bad_batches import BATCH, InOrder, rows
-from tests.trainer.conftest import tiny_llama
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 CASES = {"ddp-adamw": {}, "fsdp2-adamw": FSDP2, "fsdp2-muon": FSDP2}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 
 def make(args: TrainingArguments, kind: type[Trainer] = Trainer, model: nn.Module | None = None, **options: Any) -> Any:

@@ -9,8 +9,7 @@ from trl import DPOConfig, GRPOConfig, SFTConfig, TrlParser
 
 from hf_cwd import CWDArgumentsMixin, CWDTrainer, CWDTrainingArguments
 from hf_cwd.trainer.resuming import verify_mode
-
-from .conftest import tiny_llama
+from tests.support.tiny import tiny_llama
 
 
 @dataclass

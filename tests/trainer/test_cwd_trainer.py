@@ -14,12 +14,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_cwd import CWDLion, CWDMuon, CWDTrainer, CWDTrainerMixin, CWDTrainingArguments
+from hf_cwd import CWDLion, CWDMuon, CWDTrainer, CWDTrainerMixin, CWDTrainingArguments, log
 from hf_cwd.rules import RULES
-from hf_cwd.trainer import health, log
-
-from .bad_batches import BATCH, InOrder, rows
-from .conftest import tiny_data, tiny_llama
+from hf_cwd.trainer import non_finite
+from tests.support.tiny import tiny_data, tiny_llama
+from tests.trainer.bad_batches import BATCH, InOrder, rows
 
 
 @pytest.fixture
@@ -147,7 +146,7 @@ def test_a_skipped_step_leaves_everything_as_without_its_batch(options, optim, c
 
 
 def test_too_many_skipped_in_a_row(options):
-    last = health.MOST + 1  # batch 1 is skipped, batch 2 is good, and then all are bad
+    last = non_finite.MOST + 1  # batch 1 is skipped, batch 2 is good, and then all are bad
     data = rows(last + 4, bad=[0, *range(2, last + 4)])
     trainer = InOrder(
         model=tiny_llama(), train_dataset=data,
@@ -155,7 +154,7 @@ def test_too_many_skipped_in_a_row(options):
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=f"step {last + 1}: .*It would be the 20th step in a row to be skipped"):
         trainer.train()
-    assert trainer._cwd_guard.skipped == health.MOST
+    assert trainer._cwd_guard.skipped == non_finite.MOST
     assert_same(trainer, trained(options, data[BATCH : 2 * BATCH], max_steps=1))
 
 

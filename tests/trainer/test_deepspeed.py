@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, finish, finish_all, flags, free_port, start, write_material
+from tests.support.launching import ROOT, finish, finish_all, flags, free_port, start, write_material
 
 COMMANDS = Path(sysconfig.get_path("scripts"))
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/deepspeed").glob("*.json"))

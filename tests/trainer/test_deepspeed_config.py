@@ -11,9 +11,9 @@ from accelerate import DeepSpeedPlugin
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_cwd import CWDAdamW
-from hf_cwd.trainer import deepspeed, log
-from tests.trainer.conftest import tiny_data, tiny_llama
+from hf_cwd import CWDAdamW, log
+from hf_cwd.trainer import deepspeed
+from tests.support.tiny import tiny_data, tiny_llama
 
 ASKS = {  # a value that asks for each of what is refused
     "zero_hpz_partition_size": 2,

@@ -13,9 +13,8 @@ from transformers.integrations import integration_utils
 
 from hf_cwd import CWDAdamW
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.diagnostics import KEYS, DiagnosticsCallback
-
-from .conftest import tiny_data, tiny_llama
+from hf_cwd.trainer.callbacks.diagnostics import KEYS, DiagnosticsCallback
+from tests.support.tiny import tiny_data, tiny_llama
 
 SUMMARY = {f"cwd/{key}" for key in KEYS}
 ERROR = "cwd/orthogonality_error"

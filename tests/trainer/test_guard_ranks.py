@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.launching import ROOT, finish_all, free_port, start
+from tests.support.launching import ROOT, finish_all, free_port, start
 
 
 @pytest.fixture(scope="module")

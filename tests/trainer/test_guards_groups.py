@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_cwd import CWDAdamW, CWDLion
-from hf_cwd.trainer import guards, log
-
-from .conftest import tiny_llama
-from .guarding import make, warned
+from hf_cwd import CWDAdamW, CWDLion, log
+from hf_cwd.trainer.callbacks import guard
+from tests.support.tiny import tiny_llama
+from tests.trainer.guarding import make, warned
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +218,7 @@ def test_a_decayed_fraction_that_stays(mask, fraction, what, arguments, caplog):
         trainer.train()
         return [entry["cwd/decayed_fraction"] for entry in trainer.state.log_history if "loss" in entry]
 
-    enough = guards.SAME_FRACTION
+    enough = guard.SAME_FRACTION
     assert fractions(enough - 1, optim_args=f"mask={mask}") == [fraction] * (enough - 1)
     found = fractions(enough + 2, hears=4, optim_args=f"mask={mask}")
     assert 0.3 < found[3] < 0.7

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .conftest import tiny_llama
-from .guarding import At, make
+from tests.support.tiny import tiny_llama
+from tests.trainer.guarding import At, make
 
 
 def resized(arguments, optim, *, tied, tokens):

@@ -9,10 +9,9 @@ import torch
 from optuna.samplers import GridSampler
 from transformers import Trainer, TrainerCallback
 
-from hf_cwd.trainer import log
+from hf_cwd import log
 from hf_cwd.trainer.checks import innermost
-
-from .conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 
 @pytest.fixture(autouse=True)

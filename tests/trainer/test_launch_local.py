@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ENVIRONMENT, ROOT, write_material
-from tests.trainer.conftest import tiny_llama
+from tests.support.launching import ENVIRONMENT, ROOT, write_material
+from tests.support.tiny import tiny_llama
 
 LAYOUTS = sorted(path.stem for path in (ROOT / "configs/accelerate").glob("*.yaml") if path.stem != "single")
 # One rule of each kind, the second with AdamW beside it; from weights, which come cut from the files under tensor

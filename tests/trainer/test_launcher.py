@@ -14,7 +14,7 @@ import torch
 
 import hf_cwd
 from hf_cwd import launcher
-from tests.launching import ROOT, Environment, finish, flags, free_port, launch, start, write_material
+from tests.support.launching import ROOT, Environment, finish, flags, free_port, launch, start, write_material
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LAUNCHED = ("-m", "hf_cwd")
@@ -363,5 +363,5 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
 @pytest.mark.parametrize(("options", "status"), [([], 0), (["--script_raises"], 1)], ids=["0", "1"])
 def test_ranks_end_with_their_own_status(options, status, tmp_path):
     """Without hf_cwd.ending one rank in four aborts here."""
-    result = launch("-m", "tests.endings", 8, *options, cwd=ROOT)
+    result = launch("-m", "tests.support.endings", 8, *options, cwd=ROOT)
     assert result.stdout == f"8 launches of two ranks ended with {{{status}: 16}}\n"

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import Trainer
 
+from hf_cwd import log
 from hf_cwd.checkpoint import manifest
-from hf_cwd.trainer import log
-
-from .conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 PLAIN = "cautious=false"
 

@@ -11,9 +11,8 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 
 from hf_cwd import CWDMuon, route
-from hf_cwd.trainer import models
-
-from .conftest import tiny_data, tiny_llama
+from hf_cwd.trainer import model_lookup
+from tests.support.tiny import tiny_data, tiny_llama
 
 RULES = pytest.mark.parametrize("rule", ["adamw", "muon"])
 
@@ -176,4 +175,4 @@ def test_no_model_is_kept_alive(arguments):
     gc.collect()
     assert model() is None
     with pytest.raises(ValueError, match="has been made yet"):
-        models.model_of(args, "cwd_muon")
+        model_lookup.model_of(args, "cwd_muon")

@@ -11,8 +11,7 @@ from transformers import Trainer
 
 from hf_cwd import CWDOptimizer
 from hf_cwd.rules import RULES
-
-from .conftest import tiny_data, tiny_llama
+from tests.support.tiny import tiny_data, tiny_llama
 
 
 def train(args, model=None, resume=None, rows=64, **options):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from hf_cwd import CWDAdamW, CWDArgumentsMixin, CWDMuon, CWDTrainerMixin, CWDTrainingArguments
-from tests.launching import write_material
+from tests.support.launching import write_material
 
 
 class MySFT(CWDTrainerMixin, SFTTrainer):

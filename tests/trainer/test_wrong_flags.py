@@ -1,6 +1,6 @@
 """A table of what users get wrong in flags, YAML and JSON files and layouts: refused in words, before a model is there.
 
-Wrong arguments in Python are in tests/test_wrong_arguments.py.
+Wrong arguments in Python are in tests/optim/test_wrong_arguments.py.
 """
 
 import json
@@ -14,9 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_cwd import CWDTrainingArguments
 from hf_cwd.cli import main
-from hf_cwd.cli.layouts import RANKS, parallelism
-
-from .conftest import TINY
+from hf_cwd.estimate.layouts import RANKS, parallelism
+from tests.support.tiny import TINY
 
 NUMBER = "is a finite number >= 0"
 LIST = "begins as a JSON list and is none"
@@ -317,7 +316,7 @@ def test_a_mapping_with_the_own_fields(tmp_path):
 
 
 def test_several_triples_of_coefficients(arguments):
-    from hf_cwd.trainer.options import optimizer_arguments
+    from hf_cwd.trainer.handler import optimizer_arguments
 
     args = arguments(optim="cwd_muon", optim_args="ns_coefficients=3:-4:2:2:-1.5:0.5")
     assert optimizer_arguments(args)["ns_coefficients"] == ((3.0, -4.0, 2.0), (2.0, -1.5, 0.5))

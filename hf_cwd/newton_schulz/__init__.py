@@ -1,0 +1,1 @@
+"""Newton-Schulz orthogonalisation, and which matrices a parameter holds."""

@@ -1,0 +1,1 @@
+"""The optimizers: parameter groups, state, the step and state dicts."""

@@ -1,0 +1,1 @@
+"""Which rule takes which parameter of a model, and why."""

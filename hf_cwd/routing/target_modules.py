@@ -1,0 +1,82 @@
+"""``--optim_target_modules``: the modules that Muon is restricted to."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_cwd.routing.classify import Kind, Place, as_named
+
+OUTSIDE = "not in --optim_target_modules"
+
+
+class Targets:
+    """``--optim_target_modules``, read as transformers reads it for its own optimizers."""
+
+    def __init__(self, wanted: str | Sequence[str]) -> None:
+        if isinstance(wanted, str) and wanted.lstrip().startswith("["):
+            wanted = _from_json(wanted)
+        self._all_linear = isinstance(wanted, str) and wanted.replace("_", "-") == "all-linear"
+        self._whole = isinstance(wanted, str)
+        entries = [wanted] if self._whole else wanted
+        if (
+            not isinstance(entries, list | tuple | set)
+            or not entries
+            or not all(isinstance(e, str) and e for e in entries)
+        ):
+            raise ValueError(
+                f"--optim_target_modules {wanted!r} names no modules: give a regular expression, a list of names or "
+                "all-linear"
+            )
+        self._entries = list(entries)
+        self._used: dict[str, bool] = dict.fromkeys(self._entries, False)
+        self._refused: dict[str, str] = {}
+        for entry in self._entries:
+            try:
+                re.compile(entry)
+            except re.error as error:
+                raise ValueError(f"--optim_target_modules {entry!r} is not a regular expression: {error}") from None
+
+    def restrict(self, found: Kind, p: Tensor, places: list[Place]) -> Kind:
+        """The kind of a parameter, no longer a matrix outside the named modules."""
+        entries = [entry for entry in self._entries if any(self._names(entry, place) for place in places)]
+        if found.is_matrix is None:
+            found = as_named(p) if entries else Kind(False, f"{OUTSIDE} ({found.reason})")
+        for entry in entries:
+            if found.is_matrix:
+                self._used[entry] = True
+            else:
+                self._refused.setdefault(entry, f"{places[0].parameter} is: {found.reason}")
+        if found.is_matrix and not entries:
+            return Kind(False, OUTSIDE)
+        return found
+
+    def _names(self, entry: str, place: Place) -> bool:
+        if self._all_linear:
+            return isinstance(place.module, nn.Linear) or type(place.module).__name__ == "Conv1D"
+        for name in (place.path, place.parameter):
+            if re.fullmatch(entry, name) or (not self._whole and entry in name):
+                return True
+        return False
+
+    def check(self, matrices: str) -> None:
+        for entry, used in self._used.items():
+            if not used:
+                why = self._refused.get(entry, "no module has such a name")
+                raise ValueError(f"--optim_target_modules {entry!r} names no matrix that {matrices} could take: {why}")
+
+
+def _from_json(text: str) -> Any:
+    """A JSON list, or the text itself where it is a regular expression that begins as one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # Names of modules have no quotes, and no commas outside of a quantifier: who writes them means a list.
+        if re.search("[\"',]", re.sub(r"\{\d*,\d*\}", "", text)):
+            raise ValueError(
+                f"--optim_target_modules {text!r} begins as a JSON list and is none: {error}. Write it as "
+                """'["q_proj", "v_proj"]', in quotes that keep the shell from reading it"""
+            ) from None
+        return text

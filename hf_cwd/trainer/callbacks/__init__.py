@@ -1,0 +1,1 @@
+"""Callbacks that every Trainer has by default, once this package is imported."""

@@ -1,0 +1,49 @@
+"""Matrices that a rank holds whole: orthogonalised where their directions are written, or wherever those are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from hf_cwd.distributed.build import Source, build
+from hf_cwd.distributed.matrix_stage import Stage
+from hf_cwd.distributed.pinned_memory import Staging
+from hf_cwd.distributed.rank_groups import alone
+from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.rules import RULES
+
+HYPER = {name: kind.default for name, kind in RULES["muon"].hyperparameters.items()}
+SHAPES = [(6, 10), (6, 10), (8, 5)]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["in the given tensors", "elsewhere, as under CPU offload"])
+def test_whole_matrices(given):
+    params = [torch.randn(shape, generator=torch.manual_seed(k)) for k, shape in enumerate(SHAPES)]
+    stage = Stage.of("muon", HYPER)
+    sources = [Source(p, f"matrix {k}", Layout(), stage, torch.float32) for k, p in enumerate(params)]
+    exchange, offered, results = build(sources, alone(), share="never", exchange_bytes=1 << 20), [], {}
+
+    def directions(wanted, outs):
+        offered.extend(outs)
+        return [outs[i].copy_(params[i]) if given else params[i].clone() for i in wanted]
+
+    exchange.run(
+        [True] * len(params), directions, lambda wanted, found: results.update(zip(wanted, found, strict=True))
+    )
+    assert offered == [0, 1, 2]
+    for i, p in enumerate(params):
+        assert torch.equal(results[i], stage(p))
+
+
+def test_memory_between_devices_is_used_again():
+    staging = Staging()
+    first = staging.tensor("lent", 100, torch.float32)
+    assert (first.shape, first.dtype) == ((100,), torch.float32)
+    smaller = staging.tensor("lent", 60, torch.bfloat16)
+    assert (smaller.shape, smaller.dtype, smaller.data_ptr()) == ((60,), torch.bfloat16, first.data_ptr())
+    assert staging.tensor("returned", 100, torch.float32).data_ptr() != first.data_ptr()
+    larger = staging.tensor("lent", 101, torch.float64)
+    assert larger.numel() == 101
+    assert staging.tensor("lent", 0, torch.float32).numel() == 0
+    assert copy.deepcopy(staging)._memory == pickle.loads(pickle.dumps(staging))._memory == {}
