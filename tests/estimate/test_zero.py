@@ -15,8 +15,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_cwd.cli import explain, main
 from hf_cwd.distributed.deepspeed_zero import full_shape
+from hf_cwd.estimate import bill as estimated
 from hf_cwd.estimate import costs, zero
-from hf_cwd.estimate.bill import bill
 from hf_cwd.estimate.layouts import Zero
 from hf_cwd.rules import RULES
 from tests.estimate.zero_tables import CASES, MODELS, WORLD
@@ -88,7 +88,7 @@ def test_what_is_printed_is_what_a_step_sends(case, results, monkeypatch, capsys
 def bill(model, layout, *, dtype=torch.float32, rule="muon", device="cpu", **arguments):
     routing = explain.routed(model, RULES[rule])
     states = {r.name: explain.state_bytes(r, arguments, zero.MASTER) for r in routing.routes}
-    return bill(model, routing, layout, arguments=arguments, states=states, dtype=dtype, device=device)
+    return estimated.bill(model, routing, layout, arguments=arguments, states=states, dtype=dtype, device=device)
 
 
 def tiny(**changes):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from hf_cwd.cli import explain
 from hf_cwd.estimate import costs, zero
-from hf_cwd.estimate.bill import bill
+from hf_cwd.estimate.bill import Bill, bill
 from hf_cwd.estimate.layouts import parallelism
 from hf_cwd.rules import RULES
 from hf_cwd.trainer.handler import optimizer_arguments
@@ -37,7 +37,7 @@ def arguments_of(case: Case, folder: Path) -> TrainingArguments:
     return TrainingArguments(str(folder / "out"), weight_decay=0.1, save_strategy="no", **options)
 
 
-def told(case: Case, folder: Path) -> tuple[list[zero.Flat], ranks.Bill]:
+def told(case: Case, folder: Path) -> tuple[list[zero.Flat], Bill]:
     """What the command computes of the model on the meta device."""
     with torch.device("meta"):
         model = model_of(case)
@@ -113,7 +113,7 @@ def trained(engine: Any) -> int:
 
 def differences(case: Case, folder: Path) -> dict[str, Any]:
     zero.SUB_GROUP_SIZE = case.sub_group_size
-    flats, bill = told(case, folder)
+    flats, cost = told(case, folder)
     engine = engine_of(case, folder)
     gradients = trained(engine)
     optimizer, keeper, problems = engine.basic_optimizer, engine.optimizer, []
@@ -125,15 +125,15 @@ def differences(case: Case, folder: Path) -> dict[str, Any]:
         if (found, flat.numel(), group["algorithm"]) != (wanted, mine.numel, mine.group.rule.name):
             problems.append(f"told {wanted} in {mine.numel} of {mine.group.rule.name}, is {found} in {flat.numel()}")
     plans = [exchange.plan for exchange in optimizer.exchanges]
-    for plan, mine in zip(plans, bill.plans, strict=True):
+    for plan, mine in zip(plans, cost.plans, strict=True):
         if (plan.jobs, plan.rounds, plan.received, plan.flops) != (mine.jobs, mine.rounds, mine.received, mine.flops):
             problems.append(f"told {mine}, the optimizer's plan is {plan}")
         for entry, other in zip(plan.entries, mine.entries, strict=True):
             if repr(other.name) not in entry.name or entry != dataclasses.replace(other, name=entry.name):
                 problems.append(f"told {other}, is {entry}")
-    cost = bill.costs[dist.get_rank()]
-    if (found := memory(engine, gradients)) != cost[:3]:
-        problems.append(f"keeps {found}, told {cost}")
+    own = cost.costs[dist.get_rank()]
+    if (found := memory(engine, gradients)) != own[:3]:
+        problems.append(f"keeps {found}, told {own}")
     engine.destroy()
     received = [sum(plan.received[rank] for plan in plans) for rank in range(WORLD)]
     return {"received": received, "rounds": sum(plan.rounds for plan in plans), "problems": problems}
