@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from hf_cwd.distributed.exchange import Exchange
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import EXCHANGE, Plan
 from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.optim.matrix_step import MatrixLoop, PreparedExchange
 from hf_cwd.rules import RULES
 
 WARM_UP = 2
@@ -125,22 +127,32 @@ def parameters(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     return [distribute_tensor(tensor, mesh, placements, src_data_rank=None) for tensor in full]
 
 
+class ExchangeLoop(MatrixLoop):
+    """The optimizer's loop, of directions that are there already: what a rule computes is not measured."""
+
+    def __init__(self, exchange: Exchange, directions: Sequence[Tensor]) -> None:
+        super().__init__(PreparedExchange([], exchange, [], []), [], None, {}, None)
+        self._given = directions
+        self._present = [True] * len(directions)
+
+    def _directions(self, sources: Sequence[int], outs: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        self._step.parts.update({i: outs[i].copy_(self._given[i]) if i in outs else self._given[i] for i in sources})
+
+    def _apply(self, sources: Sequence[int]) -> None:
+        pass
+
+
 def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) -> tuple[Exchange, Callable[[], None]]:
     """The exchange of these parameters, and one step of it that leaves them alone."""
     sources = [Source(p, f"matrix {i}", Layout(), stage, torch.float32) for i, p in enumerate(params)]
     exchange = build(sources, rank_groups.of(None), share=args.share, exchange_bytes=args.exchange_bytes)
-    # Directions are there already, and results take their place: what a rule computes is not measured.
-    parts, present = [dtensor.local(p).clone() for p in params], [True] * len(params)
-
-    def directions(wanted: Sequence[int], outs: Mapping[int, Tensor]) -> list[Tensor]:
-        return [outs[i].copy_(parts[i]) if i in outs else parts[i] for i in wanted]
-
-    return exchange, lambda: exchange.run(present, directions, lambda wanted, found: None)
+    loop = ExchangeLoop(exchange, [dtensor.local(p).clone() for p in params])
+    return exchange, lambda: loop.run(lambda: None)
 
 
 def alone(exchange: Exchange, device: torch.device) -> Callable:
     """The orthogonalisation of the matrices that this rank owns, in the batches of the exchange."""
-    rounds = [*(still for _, still in exchange.itinerary.chunks), *exchange.itinerary.rounds]
+    rounds = [*(still for _, still in exchange.schedule.chunks), *exchange.schedule.rounds]
     batches = [
         (batch.stage, torch.randn(len(batch.jobs), *batch.shape, device=device).to(batch.dtype))
         for round_ in rounds

@@ -1,10 +1,10 @@
-"""Carries out a plan: gathers matrices at their owners, orthogonalises them there, and sends the results back.
+"""The operations of an exchange of matrices: gathering them at their owners, and sending the results back.
 
-One all-to-all in each direction a round, and one all-reduce of a byte a parameter: which of them have a gradient.
+:mod:`hf_cwd.optim.matrix_step` calls them round by round. What travels in a step: one all-to-all in each direction a
+round, and one all-reduce of a byte a parameter, which says which of them have a gradient.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from hf_cwd.distributed.copies import copy_parts, cut, of_local, of_matrix, scal
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.plan import Plan
 from hf_cwd.distributed.rank_groups import EXCHANGE, RankGroup, explained
-from hf_cwd.distributed.schedule import Batch, Itinerary, Round
+from hf_cwd.distributed.schedule import Part, Round, Schedule
 
 
 class Transfer(NamedTuple):
@@ -41,7 +41,7 @@ class Exchange:
         padded: local tensors that hold padding as well.
 
     Raises:
-        ValueError: see :class:`hf_cwd.distributed.schedule.Itinerary`.
+        ValueError: see :class:`hf_cwd.distributed.schedule.Schedule`.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Exchange:
         self.plan = plan
         self.group = group
         self.device = device
-        self._staging = staging
+        self.staging = staging
         # Gloo has all-to-alls from one tensor only, so that a result for several replicas is copied for each of them.
         self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config(
             group.process_group
         )
-        self.itinerary = Itinerary(
+        self.schedule = Schedule(
             plan, rank, peers=group.ranks, local_sizes=local_sizes, batch_bytes=batch_bytes, padded=padded
         )
 
@@ -72,124 +72,22 @@ class Exchange:
         """A tensor for a source's direction: of the size of its local tensor, and on its device."""
         if like.device == self.device:
             return torch.empty(like.shape, dtype=dtype, device=like.device)
-        return self._staging.tensor(source, like.numel(), dtype)
+        return self.staging.tensor(source, like.numel(), dtype)
 
-    def run(
-        self,
-        present: Sequence[bool],
-        directions: Callable[[Sequence[int], Mapping[int, Tensor]], Sequence[Tensor]],
-        apply: Callable[[Sequence[int], Sequence[Tensor]], None],
-        meanwhile: Callable[[], None] = lambda: None,
-        look: Callable[[int, Tensor], None] | None = None,
-    ) -> None:
-        """One step of all matrices. Every rank must call it.
-
-        A source without a gradient is left out; one of which parts move only if no rank has a gradient for it.
-
-        At most two rounds of buffers are alive. While a round is orthogonalised, first the results of the one before
-        travel back, then the parts of the one after come in.
+    def start(self, present: Sequence[bool]) -> "ExchangeStep":
+        """Begins a step, which every rank of the group must do.
 
         Args:
             present: whether this rank has a gradient for each source.
-            directions: this rank's parts of some sources' directions, as new contiguous tensors, or, to save a copy, in
-                those given to it by source; it is also asked for sources that only other ranks have a gradient for.
-            apply: takes those parts orthogonalised; matrices of a layout other than the default are scaled already.
-            meanwhile: work that needs no matrix, done while the first round travels.
-            look: is shown every matrix that this rank has orthogonalised, by its job and without its scale.
-
-        Raises:
-            RuntimeError: another rank ended, or did not join in time; the message names the round.
         """
-        rounds, parts = self.itinerary.rounds, {}
-        agreement, absent = self._agree(present)
-
-        def begin(sources: Sequence[int], outs: Mapping[int, Tensor] = MappingProxyType({})) -> None:
-            some = [source for source in sources if source not in absent]
-            parts.update(zip(some, directions(some, outs), strict=True))
-
-        def end(sources: Sequence[int]) -> None:
-            some = [source for source in sources if source not in absent]
-            apply(some, [parts.pop(source) for source in some])
-
-        def gather(k: int) -> Transfer:
-            begin(self.itinerary.begins[k])
-            lent = [[of_local(parts[p.source], p) for p in peer if p.source not in absent] for peer in rounds[k].lent]
-            sizes = [size_of(peer, absent) for peer in rounds[k].gathered]
-            return self._start(lent, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
-
-        def give_back(k: int, matrices: dict[int, Tensor]) -> Transfer:
-            _keep(rounds[k], matrices, parts, absent)
-            sent = [[of_matrix(matrices[p.job], p) for p in peer if p.source not in absent] for peer in rounds[k].sent]
-            sizes = [size_of(peer, absent) for peer in rounds[k].returned]
-            alike = rounds[k].alike if rounds[k].replicated else None
-            return self._start(sent, sizes, rounds[k].dtype, f"returning round {k + 1} of {len(rounds)}", alike)
-
-        def finish(k: int, transfer: Transfer) -> None:
-            with explained(EXCHANGE, transfer.what):
-                transfer.work.wait()
-            arrived = [p for peer in rounds[k].returned for p in peer if p.source not in absent]
-            received = transfer.received
-            if arrived and parts[arrived[0].source].device != received.device:
-                received = self._staging.tensor("returned", received.numel(), received.dtype).copy_(received)
-            unpack(received, [of_local(parts[p.source], p) for p in arrived])
-            scale_parts([(of_local(parts[p.source], p), p.scale) for p in arrived])
-            end(self.itinerary.ends[k])
-
-        def orthogonalize(batches: Sequence[Batch], stacks: dict[int, Tensor], matrices: dict[int, Tensor]) -> None:
-            for batch in batches:
-                result = batch.stage(stacks.pop(batch.jobs[0])).to(batch.dtype)
-                matrices.update(zip(batch.jobs, result, strict=True))
-                for job, matrix in zip(batch.jobs, result, strict=True) if look is not None else ():
-                    if self.plan.entries[self.plan.jobs[job].entry].source not in absent:
-                        look(job, matrix)
-
-        def stay(still: Sequence[Round], sources: Sequence[int] = ()) -> None:
-            if not still:
-                begin(sources)
-            for number, round_ in enumerate(still):
-                stacks, matrices = self._allocate(round_)
-                if number == 0:
-                    begin(sources, {source: matrices[part.job] for source, part in round_.whole.items()})
-                self._fill(round_, matrices, parts, absent)
-                orthogonalize(round_.second, stacks, matrices)
-                _keep(round_, matrices, parts, absent)
-
-        incoming = gather(0) if rounds else None
-        meanwhile()
-        for sources, still in self.itinerary.chunks:
-            stay(still, sources)
-            end(sources)
-        if rounds:
-            stay(self.itinerary.still[0])
-        outgoing = None
-        for k, round_ in enumerate(rounds):
-            with explained(EXCHANGE, incoming.what):
-                incoming.work.wait()
-            stacks, matrices = self._allocate(round_)
-            self._fill(round_, matrices, parts, absent)
-            arrived = [p for peer in round_.gathered for p in peer if p.source not in absent]
-            unpack(incoming.received, [of_matrix(matrices[p.job], p) for p in arrived])
-            incoming = None  # frees its buffers before the next ones are made
-            orthogonalize(round_.first, stacks, matrices)
-            if k > 0:
-                finish(k - 1, outgoing)
-                outgoing = None
-            if k + 1 < len(rounds):
-                incoming = gather(k + 1)
-                stay(self.itinerary.still[k + 1])
-            orthogonalize(round_.second, stacks, matrices)
-            outgoing = give_back(k, matrices)
-            del stacks, matrices
-        if rounds:
-            finish(len(rounds) - 1, outgoing)
-            agreement.wait()
+        return ExchangeStep(self, *self._agree(present))
 
     def _agree(self, present: Sequence[bool]) -> tuple[Any, set[int]]:
         """The sources to leave out: without a gradient here, or on any rank if a part of them moves.
 
         A rank that has all gradients need not wait to know.
         """
-        moving = self.itinerary.moving
+        moving = self.schedule.moving
         found = [present[source] for source in moving]
         absent = {source for source, here in enumerate(present) if not here}
         if not moving:
@@ -205,7 +103,7 @@ class Exchange:
                 absent -= {source for source, anywhere in zip(moving, flags.tolist(), strict=True) if anywhere}
         return work, absent
 
-    def _start(
+    def send(
         self,
         parts: list[list[Tensor]],
         sizes: list[int],
@@ -223,7 +121,7 @@ class Exchange:
         # Packed where the parts lie, which under CPU offload is not where the group communicates.
         lengths = [sum(part.numel() for part in peer) for peer in leaders]
         if flat and flat[0].device != self.device:
-            buffer = self._staging.tensor("lent", sum(lengths), dtype)
+            buffer = self.staging.tensor("lent", sum(lengths), dtype)
         else:
             buffer = torch.empty(sum(lengths), dtype=dtype, device=self.device)
         copy_parts([piece.view(part.shape) for piece, part in zip(cut(buffer, flat), flat, strict=True)], flat)
@@ -243,30 +141,105 @@ class Exchange:
                 work = dist.all_to_all(list(received.split(sizes)), list(given), group=group, async_op=True)
         return Transfer(work, received, buffer, what)
 
-    def _allocate(self, round_: Round) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Batches by their first job and, in them, matrices by job."""
-        stacks, matrices = {}, {}
-        for batch in (*round_.first, *round_.second):
-            stack = torch.empty((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=self.device)
-            stacks[batch.jobs[0]] = stack
-            matrices.update(zip(batch.jobs, stack, strict=True))
-        return stacks, matrices
 
-    def _fill(self, round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:
+class Matrices(dict[int, Tensor]):
+    """The whole matrices of a round at their owner, by job. Those of a batch lie in one of the ``stacks``.
+
+    Attributes:
+        stacks: by the first job of a batch: (jobs, out_features, in_features).
+    """
+
+    def __init__(self, round_: Round, device: torch.device) -> None:
+        super().__init__()
+        self.stacks: dict[int, Tensor] = {}
+        for batch in (*round_.first, *round_.second):
+            stack = torch.empty((len(batch.jobs), *batch.shape), dtype=batch.dtype, device=device)
+            self.stacks[batch.jobs[0]] = stack
+            self.update(zip(batch.jobs, stack, strict=True))
+
+
+class ExchangeStep:
+    """The exchange of one step, see :meth:`Exchange.start`.
+
+    A source without a gradient is left out; one of which parts move only if no rank of the group has a gradient for it.
+
+    Attributes:
+        absent: the sources that are left out.
+        parts: this rank's parts of the other sources, by source: directions first, orthogonalised at the end.
+            Matrices of a layout other than the default are scaled then, too.
+    """
+
+    def __init__(self, exchange: Exchange, agreement: Any, absent: set[int]) -> None:
+        self.absent = absent
+        self.parts: dict[int, Tensor] = {}
+        self._exchange = exchange
+        self._agreement = agreement
+
+    def gather(self, k: int) -> Transfer:
+        """Sends the parts of round ``k`` to the owners of their matrices, and begins to receive those of its own."""
+        rounds = self._exchange.schedule.rounds
+        lent = [[of_local(self.parts[p.source], p) for p in self._here(peer)] for peer in rounds[k].lent]
+        sizes = [size_of(peer, self.absent) for peer in rounds[k].gathered]
+        return self._exchange.send(lent, sizes, rounds[k].dtype, f"gathering round {k + 1} of {len(rounds)}")
+
+    def whole(self, k: int, incoming: Transfer) -> Matrices:
+        """The matrices of round ``k`` that this rank owns, once their parts have come."""
+        round_ = self._exchange.schedule.rounds[k]
+        with explained(EXCHANGE, incoming.what):
+            incoming.work.wait()
+        matrices = self.allocate(round_)
+        self.fill(round_, matrices)
+        arrived = [p for peer in round_.gathered for p in self._here(peer)]
+        unpack(incoming.received, [of_matrix(matrices[p.job], p) for p in arrived])
+        return matrices
+
+    def give_back(self, k: int, matrices: Matrices) -> Transfer:
+        """Sends the results of round ``k`` to all who hold a part of them, this rank's own among them."""
+        rounds = self._exchange.schedule.rounds
+        round_ = rounds[k]
+        self.keep(round_, matrices)
+        sent = [[of_matrix(matrices[p.job], p) for p in self._here(peer)] for peer in round_.sent]
+        sizes = [size_of(peer, self.absent) for peer in round_.returned]
+        alike = round_.alike if round_.replicated else None
+        return self._exchange.send(sent, sizes, round_.dtype, f"returning round {k + 1} of {len(rounds)}", alike)
+
+    def take_back(self, k: int, outgoing: Transfer) -> None:
+        """Puts the results of round ``k`` that others own into ``parts``, once they have come."""
+        with explained(EXCHANGE, outgoing.what):
+            outgoing.work.wait()
+        arrived = [p for peer in self._exchange.schedule.rounds[k].returned for p in self._here(peer)]
+        received = outgoing.received
+        if arrived and self.parts[arrived[0].source].device != received.device:
+            received = self._exchange.staging.tensor("returned", received.numel(), received.dtype).copy_(received)
+        unpack(received, [of_local(self.parts[p.source], p) for p in arrived])
+        scale_parts([(of_local(self.parts[p.source], p), p.scale) for p in arrived])
+
+    def allocate(self, round_: Round) -> Matrices:
+        """Memory for the matrices of a round, with any numbers in it."""
+        return Matrices(round_, self._exchange.device)
+
+    def fill(self, round_: Round, matrices: Matrices) -> None:
         """Puts into matrices what this rank itself holds of them."""
-        kept = [p for p in round_.kept if p.source not in absent]
-        copy_parts([of_matrix(matrices[p.job], p) for p in kept], [of_local(parts[p.source], p) for p in kept])
-        whole = [(matrices[p.job], parts[source]) for source, p in round_.whole.items() if source not in absent]
+        kept = self._here(round_.kept)
+        copy_parts([of_matrix(matrices[p.job], p) for p in kept], [of_local(self.parts[p.source], p) for p in kept])
+        whole = [(matrices[p.job], self.parts[p.source]) for p in self._here(round_.whole.values())]
         apart = [(matrix, part) for matrix, part in whole if matrix.data_ptr() != part.data_ptr()]
         copy_parts([matrix for matrix, _ in apart], [part.view(matrix.shape) for matrix, part in apart])
 
+    def keep(self, round_: Round, matrices: Matrices) -> None:
+        """Puts the results that stay on this rank into ``parts``."""
+        kept = self._here(round_.kept)
+        own = [of_local(self.parts[p.source], p) for p in kept]
+        copy_parts(own, [of_matrix(matrices[p.job], p) for p in kept])
+        scale_parts([(view, p.scale) for view, p in zip(own, kept, strict=True)])
+        whole = self._here(round_.whole.values())
+        scale_parts([(matrices[p.job], p.scale) for p in whole])
+        self.parts.update({p.source: matrices[p.job].to(self.parts[p.source].device) for p in whole})
 
-def _keep(round_: Round, matrices: dict[int, Tensor], parts: dict[int, Tensor], absent: set[int]) -> None:
-    """Puts the results that stay on this rank into its parts."""
-    kept = [p for p in round_.kept if p.source not in absent]
-    own = [of_local(parts[p.source], p) for p in kept]
-    copy_parts(own, [of_matrix(matrices[p.job], p) for p in kept])
-    scale_parts([(view, p.scale) for view, p in zip(own, kept, strict=True)])
-    whole = [p for source, p in round_.whole.items() if source not in absent]
-    scale_parts([(matrices[p.job], p.scale) for p in whole])
-    parts.update({p.source: matrices[p.job].to(parts[p.source].device) for p in whole})
+    def finish(self) -> None:
+        """Waits for what of the step is still under way."""
+        if self._agreement is not None:
+            self._agreement.wait()
+
+    def _here(self, parts: Iterable[Part]) -> list[Part]:
+        return [part for part in parts if part.source not in self.absent]

@@ -70,8 +70,8 @@ class Round:
     whole: dict[int, Part] = field(default_factory=dict)
 
 
-class Itinerary:
-    """One rank's way through a plan.
+class Schedule:
+    """What one rank does in a plan, round by round.
 
     Args:
         plan: equal on all ranks.

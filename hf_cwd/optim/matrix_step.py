@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from hf_cwd.distributed.build import Source, build
 from hf_cwd.distributed.collectives import digest
 from hf_cwd.distributed.deepspeed_zero import FlatShard
 from hf_cwd.distributed.dtensor import is_dtensor, local, local_grad
-from hf_cwd.distributed.exchange import Exchange
+from hf_cwd.distributed.exchange import Exchange, Matrices
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.plan import EXCHANGE, Entry, Plan
 from hf_cwd.distributed.rank_groups import RankGroup
+from hf_cwd.distributed.schedule import Batch, Round
 from hf_cwd.kernels.eager import wide
 from hf_cwd.kernels.interface import Item, Settings
 from hf_cwd.newton_schulz.matrices import Layout
@@ -31,6 +33,9 @@ from hf_cwd.rules.hyperparameters import checked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+States = Mapping[Tensor, MutableMapping[str, Tensor]]
 
 
 class Member(NamedTuple):
@@ -71,7 +76,7 @@ class _Kind(NamedTuple):
 
 
 @dataclass
-class _Prepared:
+class PreparedExchange:
     """An exchange among the ranks of one group, and what it was made for.
 
     Attributes:
@@ -114,7 +119,7 @@ class MatrixStep:
         self._replicated: frozenset[Tensor] = frozenset()
         self._staging = Staging()
         # By the first parameter, since DeepSpeed steps flat tensors in turn: what was asked for, and the exchanges.
-        self._prepared: dict[int, tuple[Any, list[_Prepared]]] = {}
+        self._prepared: dict[int, tuple[Any, list[PreparedExchange]]] = {}
 
     @classmethod
     def of(cls, origins: Origins, rule: Rule, options: dict[str, Any]) -> "MatrixStep":
@@ -144,7 +149,7 @@ class MatrixStep:
     def __call__(
         self,
         members: Sequence[Member],
-        states: Mapping[Tensor, MutableMapping[str, Tensor]],
+        states: States,
         statistics: StepStatistics | None,
         meanwhile: Callable[[], None],
     ) -> None:
@@ -167,9 +172,10 @@ class MatrixStep:
             one.steps += 1
         first = next((one for one in prepared if one.exchange.plan.rounds), prepared[0])
         for one in prepared:
-            _run(one, members, self._origins, states, statistics, meanwhile if one is first else _nothing)
+            loop = MatrixLoop(one, members, self._origins, states, statistics)
+            loop.run(meanwhile if one is first else _nothing)
 
-    def prepare(self, members: Sequence[Member]) -> list[_Prepared]:
+    def prepare(self, members: Sequence[Member]) -> list[PreparedExchange]:
         """The exchanges of these, one for each group of ranks, in the order in which all ranks go through groups.
 
         They are made before the first step, since FSDP2 swaps parameters, and again after a change.
@@ -213,7 +219,7 @@ class MatrixStep:
 
     def _made(
         self, members: Sequence[Member], group: RankGroup, made_for: list[tuple[int, Stage, Layout]]
-    ) -> _Prepared:
+    ) -> PreparedExchange:
         sources = [
             Source(
                 member.param,
@@ -227,10 +233,10 @@ class MatrixStep:
         ]
         exchange = build(sources, group, share=self.share, exchange_bytes=self.exchange_bytes, staging=self._staging)
         kinds = [_kind(m, s.stage, exchange.device.type) for m, s in zip(members, sources, strict=True)]
-        return _Prepared(made_for, exchange, kinds, replicas.shared_entries(exchange.plan))
+        return PreparedExchange(made_for, exchange, kinds, replicas.shared_entries(exchange.plan))
 
 
-def _compare(prepared: _Prepared, members: Sequence[Member], states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+def _compare(prepared: PreparedExchange, members: Sequence[Member], states: States) -> None:
     """Compares what directions are going to be computed from, of the replicas that one rank works for."""
     tensors: dict[int, dict[str, Tensor | None]] = {}
     for source in (entry.source for entry in prepared.shared):
@@ -245,65 +251,165 @@ def _compare(prepared: _Prepared, members: Sequence[Member], states: Mapping[Ten
     )
 
 
-def _run(
-    prepared: _Prepared,
-    members: Sequence[Member],
-    origins: Origins,
-    states: Mapping[Tensor, MutableMapping[str, Tensor]],
-    statistics: StepStatistics | None,
-    meanwhile: Callable[[], None],
-) -> None:
-    """One step of the members of one exchange."""
-    members = [members[number] for number in prepared.numbers]
-    exchange, kinds, caches = prepared.exchange, prepared.kinds, prepared.caches
-    items: dict[int, list[Item]] = {}
+class MatrixLoop:
+    """One step of the members of one exchange. Every rank of its group must run it.
 
-    def directions(wanted: Sequence[int], outs: Mapping[int, Tensor]) -> list[Tensor]:
-        for _, some in groupby(wanted, lambda i: id(members[i].group)):
+    Args:
+        prepared: the exchange.
+        members: all that the optimizer steps.
+        origins, states, statistics: the optimizer's.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedExchange,
+        members: Sequence[Member],
+        origins: Origins,
+        states: States,
+        statistics: StepStatistics | None,
+    ) -> None:
+        self._exchange, self._kinds, self._caches = prepared.exchange, prepared.kinds, prepared.caches
+        self._members = [members[number] for number in prepared.numbers]
+        self._origins, self._states, self._statistics = origins, states, statistics
+        self._present = [member.param.grad is not None for member in self._members]
+        self._items: dict[int, list[Item]] = {}  # by source, from its direction to its update
+        self._sampled: tuple[int, tuple[int, int]] | None = None
+
+    def run(self, meanwhile: Callable[[], None]) -> None:
+        """Directions, gather, orthogonalise, return, apply: round by round, so that two rounds of buffers are alive.
+
+        While a round is orthogonalised, first the results of the one before travel back, then the parts of the one
+        after come in::
+
+            this rank   | orthogonalise first half of k | orthogonalise second half of k | ...
+            the network | results of k - 1 return       | parts of k + 1 come in         | ...
+
+        Args:
+            meanwhile: work that needs no matrix, done while the first round travels.
+
+        Raises:
+            RuntimeError: another rank ended, or did not join in time; the message names the round.
+        """
+        exchange, schedule = self._exchange, self._exchange.schedule
+        if self._statistics is not None:
+            self._sampled = _sampled(exchange.plan, self._statistics.sample)
+            self._statistics.expect_matrix(self._sampled[0], exchange.group, exchange.device)
+        self._step = step = exchange.start(self._present)
+        rounds = schedule.rounds
+        incoming = outgoing = None
+        if rounds:
+            self._directions(schedule.begins[0])
+            incoming = step.gather(0)
+        meanwhile()
+        for sources, resident in schedule.chunks:
+            self._orthogonalize_resident(resident, sources)
+            self._apply(sources)
+        if rounds:
+            self._orthogonalize_resident(schedule.still[0])
+        for k, round_ in enumerate(rounds):
+            matrices = step.whole(k, incoming)
+            incoming = None  # frees its buffers before the next ones are made
+            self._orthogonalize(round_.first, matrices)
+            if k > 0:
+                step.take_back(k - 1, outgoing)
+                outgoing = None
+                self._apply(schedule.ends[k - 1])
+            if k + 1 < len(rounds):
+                self._directions(schedule.begins[k + 1])
+                incoming = step.gather(k + 1)
+                self._orthogonalize_resident(schedule.still[k + 1])
+            self._orthogonalize(round_.second, matrices)
+            outgoing = step.give_back(k, matrices)
+            del matrices
+        if rounds:
+            step.take_back(len(rounds) - 1, outgoing)
+            self._apply(schedule.ends[-1])
+        step.finish()
+
+    def _directions(self, sources: Sequence[int], outs: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        """This rank's parts of the directions of sources, into the step's parts.
+
+        Args:
+            outs: where to write those of some sources, if that is on their device: it saves a copy.
+        """
+        sources = [source for source in sources if source not in self._step.absent]
+        self._advance(sources)
+        directions: dict[int, Tensor] = {}
+        for i in sources:
+            param, out = local(self._members[i].param), outs.get(i)
+            if out is None or out.device != param.device:  # offloaded: matrices are not where the parameter is
+                out = self._exchange.new_part(i, param, self._kinds[i].dtype)
+            directions[i] = out.view(param.shape)
+        for rule, dtype in dict.fromkeys((self._kinds[i].rule, directions[i].dtype) for i in sources):
+            alike = [i for i in sources if (self._kinds[i].rule, directions[i].dtype) == (rule, dtype)]
+            items = [item for i in alike for item in self._items[i]]
+            cut = [out for i in alike for out in self._cut(i, directions[i])]
+            kernels.directions(rule, items, cut, self._caches[alike[0]], self._describe)
+        self._step.parts.update(directions)
+
+    def _advance(self, sources: Sequence[int]) -> None:
+        """Counts a step of each source, and keeps what the kernels are given of it."""
+        members = self._members
+        for _, some in groupby(sources, lambda i: id(members[i].group)):
             some = list(some)
             first = members[some[0]]
-            advanced = advance(states, [members[i].param for i in some], first.group, first.settings)
+            advanced = advance(self._states, [members[i].param for i in some], first.group, first.settings)
             for i, item in zip(some, advanced, strict=True):
                 flat = members[i].flat
-                items[i] = [item] if flat is None else pieces(item, flat.places)
-        found, outs_of = {}, {}
-        for i in wanted:
-            param, made = local(members[i].param), outs.get(i)
-            if made is None or made.device != param.device:  # offloaded: matrices are not where the parameter is
-                made = exchange.new_part(i, param, kinds[i].dtype)
-            found[i] = made.view(param.shape)
-            outs_of[i] = [found[i]] if members[i].flat is None else members[i].flat.cut(found[i])
-        for rule, dtype in dict.fromkeys((kinds[i].rule, found[i].dtype) for i in wanted):
-            some = [i for i in wanted if (kinds[i].rule, found[i].dtype) == (rule, dtype)]
-            given = [item for i in some for item in items[i]], [out for i in some for out in outs_of[i]]
-            kernels.directions(rule, *given, caches[some[0]], describe)
-        return [found[i] for i in wanted]
+                self._items[i] = [item] if flat is None else pieces(item, flat.places)
 
-    def apply(wanted: Sequence[int], found: Sequence[Tensor]) -> None:
-        if not wanted:
+    def _orthogonalize_resident(self, rounds: Sequence[Round], sources: Sequence[int] = ()) -> None:
+        """Orthogonalises matrices that do not move, once there are directions of ``sources``.
+
+        A parameter that is one matrix has its direction written where the matrix lies.
+        """
+        if not rounds:
+            self._directions(sources)
+        for number, round_ in enumerate(rounds):
+            matrices = self._step.allocate(round_)
+            if number == 0:
+                self._directions(sources, {source: matrices[part.job] for source, part in round_.whole.items()})
+            self._step.fill(round_, matrices)
+            self._orthogonalize(round_.second, matrices)
+            self._step.keep(round_, matrices)
+
+    def _orthogonalize(self, batches: Sequence[Batch], matrices: Matrices) -> None:
+        for batch in batches:
+            result = batch.stage(matrices.stacks.pop(batch.jobs[0])).to(batch.dtype)
+            matrices.update(zip(batch.jobs, result, strict=True))
+            if self._sampled is not None:
+                self._look(batch, result)
+
+    def _look(self, batch: Batch, result: Tensor) -> None:
+        """Shows the statistics the matrix that they are of; several replicas may have it."""
+        key, sampled = self._sampled
+        plan = self._exchange.plan
+        for number, matrix in zip(batch.jobs, result, strict=True):
+            job = plan.jobs[number]
+            if (job.entry, job.matrix) == sampled and plan.entries[job.entry].source not in self._step.absent:
+                self._statistics.add_matrix(key, matrix)
+
+    def _apply(self, sources: Sequence[int]) -> None:
+        """Decays and updates this rank's parts of the parameters, by the orthogonalised directions."""
+        sources = [source for source in sources if source not in self._step.absent]
+        if not sources:
             return
-        some, us = [], []
-        for i, u in zip(wanted, found, strict=True):
-            flat, own = members[i].flat, items.pop(i)
-            some += own
-            us += [u.view(own[0].param.shape)] if flat is None else flat.cut(u.view(-1))
-        scales = [scale for i in wanted for scale in kinds[i].scales]
-        kernels.apply(some, us, scales, statistics, caches[wanted[0]], describe)
+        items: list[Item] = []
+        directions: list[Tensor] = []
+        for i in sources:
+            items += self._items.pop(i)
+            directions += self._cut(i, self._step.parts.pop(i))
+        scales = [scale for i in sources for scale in self._kinds[i].scales]
+        kernels.apply(items, directions, scales, self._statistics, self._caches[sources[0]], self._describe)
 
-    def describe(param: Tensor) -> str:
-        member = next(member for member in members if member.param is param)
-        return origins.describe(param, member.position, member.group)
+    def _cut(self, source: int, direction: Tensor) -> list[Tensor]:
+        """A source's direction, cut as its items are."""
+        flat, param = self._members[source].flat, self._members[source].param
+        return [direction.view(local(param).shape)] if flat is None else flat.cut(direction.view(-1))
 
-    def look(number: int, result: Tensor) -> None:
-        job = exchange.plan.jobs[number]
-        if (job.entry, job.matrix) == sampled:  # several replicas may have it
-            statistics.add_matrix(key, result)
-
-    if statistics is not None:
-        key, sampled = _sampled(exchange.plan, statistics.sample)
-        statistics.expect_matrix(key, exchange.group, exchange.device)
-    present = [member.param.grad is not None for member in members]
-    exchange.run(present, directions, apply, meanwhile, look if statistics is not None else None)
+    def _describe(self, param: Tensor) -> str:
+        member = next(member for member in self._members if member.param is param)
+        return self._origins.describe(param, member.position, member.group)
 
 
 def _nothing() -> None:

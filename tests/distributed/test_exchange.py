@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,29 +12,42 @@ from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.rank_groups import alone
 from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.optim.matrix_step import MatrixLoop, PreparedExchange
 from hf_cwd.rules import RULES
 
 HYPER = {name: kind.default for name, kind in RULES["muon"].hyperparameters.items()}
 SHAPES = [(6, 10), (6, 10), (8, 5)]
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["in the given tensors", "elsewhere, as under CPU offload"])
-def test_whole_matrices(given):
+class Loop(MatrixLoop):
+    """Directions are the parameters themselves, written where they are offered, or elsewhere; updates are results."""
+
+    def __init__(self, exchange, params, *, as_offered):
+        super().__init__(PreparedExchange([], exchange, [], []), [], None, {}, None)
+        self._params, self._present = params, [True] * len(params)
+        self._as_offered = as_offered
+        self.offered, self.results = [], {}
+
+    def _directions(self, sources, outs=MappingProxyType({})):
+        self.offered += outs
+        for i in sources:
+            self._step.parts[i] = outs[i].copy_(self._params[i]) if self._as_offered else self._params[i].clone()
+
+    def _apply(self, sources):
+        self.results.update({i: self._step.parts.pop(i) for i in sources})
+
+
+@pytest.mark.parametrize("as_offered", [True, False], ids=["in the given tensors", "elsewhere, as under CPU offload"])
+def test_whole_matrices(as_offered):
     params = [torch.randn(shape, generator=torch.manual_seed(k)) for k, shape in enumerate(SHAPES)]
     stage = Stage.of("muon", HYPER)
     sources = [Source(p, f"matrix {k}", Layout(), stage, torch.float32) for k, p in enumerate(params)]
-    exchange, offered, results = build(sources, alone(), share="never", exchange_bytes=1 << 20), [], {}
-
-    def directions(wanted, outs):
-        offered.extend(outs)
-        return [outs[i].copy_(params[i]) if given else params[i].clone() for i in wanted]
-
-    exchange.run(
-        [True] * len(params), directions, lambda wanted, found: results.update(zip(wanted, found, strict=True))
-    )
-    assert offered == [0, 1, 2]
+    exchange = build(sources, alone(), share="never", exchange_bytes=1 << 20)
+    loop = Loop(exchange, params, as_offered=as_offered)
+    loop.run(lambda: None)
+    assert loop.offered == [0, 1, 2]
     for i, p in enumerate(params):
-        assert torch.equal(results[i], stage(p))
+        assert torch.equal(loop.results[i], stage(p))
 
 
 def test_memory_between_devices_is_used_again():

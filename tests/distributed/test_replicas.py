@@ -18,7 +18,7 @@ from hf_cwd import CWDMuon
 from hf_cwd.distributed import geometry
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, plan
-from hf_cwd.distributed.schedule import Itinerary
+from hf_cwd.distributed.schedule import Schedule
 from hf_cwd.newton_schulz.matrices import Layout
 from tests.support.launching import ROOT, finish, free_port, start
 from tests.support.stepping import parameter
@@ -103,9 +103,9 @@ def test_what_would_not_be_orthogonalised_is_refused():
     halves = geometry.Mesh((2,), (0, 1), (geometry.Shard(0),))
     stage = Stage.of("muon", {"ns": "auto", "ns_steps": 5, "ns_coefficients": "quintic"})
     planned = plan([Entry("layer.weight", (4, 6), Layout(), halves, stage, torch.float32, 0)])
-    Itinerary(planned, 0, peers=(0, 1), local_sizes=[12], batch_bytes=0)
+    Schedule(planned, 0, peers=(0, 1), local_sizes=[12], batch_bytes=0)
     with pytest.raises(ValueError, match=r"layer\.weight .*12 of the 18 elements .* would not be orthogonalised"):
-        Itinerary(planned, 0, peers=(0, 1), local_sizes=[18], batch_bytes=0)
+        Schedule(planned, 0, peers=(0, 1), local_sizes=[18], batch_bytes=0)
 
 
 if __name__ == "__main__":
