@@ -12,8 +12,13 @@ import pytest
 import torch
 
 from hf_cwd.rules import RULES
+from tests.support import forking
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    forking.begin_session()  # also for workers of pytest-xdist, which inherit it
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.checkpoint.victims import CHAIN
-from tests.support.launching import ROOT, finish_all, start
+from tests.support.forking import fork
+from tests.support.launching import ROOT, finish_all
 
 LAYOUTS = ("one", "fsdp2", "zero3")
 
@@ -14,7 +15,7 @@ LAYOUTS = ("one", "fsdp2", "zero3")
 def launches(tmp_path_factory):
     """What became of the runs of each layout, see victims.py."""
     folders = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
-    victims = [start("-m", "tests.checkpoint.victims", folders[name], name, cwd=ROOT) for name in LAYOUTS]
+    victims = [fork("-m", "tests.checkpoint.victims", folders[name], name, cwd=ROOT) for name in LAYOUTS]
     for done in finish_all(victims):
         assert done.returncode == 0, done.stdout + done.stderr
     return {name: json.loads((folder / "results.json").read_text()) for name, folder in folders.items()}

@@ -16,7 +16,8 @@ from hf_cwd.checkpoint import rank_files
 from hf_cwd.checkpoint.restore import Part
 from scripts.bench_machine import peak_of
 from tests.checkpoint.loaded_sharded_ranks import CASES, REFUSALS
-from tests.support.launching import ROOT, finish, start
+from tests.support.forking import fork
+from tests.support.launching import ROOT, finish
 from tests.support.tiny import arguments, tiny_data, tiny_llama  # noqa: F401
 
 PAIRS = [(world, case) for world, cases in CASES.items() for case in cases]
@@ -27,7 +28,7 @@ LAYOUTS = "saved on {} ranks as {}, and this run has 2 ranks as fsdp_size=2: res
 def seen(tmp_path_factory):
     """What every rank saw, by phase."""
     folder = tmp_path_factory.mktemp("sharded")
-    result = finish(start("-m", "tests.checkpoint.loaded_sharded_ranks", folder, cwd=ROOT))
+    result = finish(fork("-m", "tests.checkpoint.loaded_sharded_ranks", folder, cwd=ROOT))
     assert result.returncode == 0, result.stderr[-5000:]
 
     def phase(name, world):

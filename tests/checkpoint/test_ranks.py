@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from tests.support.forking import fork
 from tests.support.launching import ROOT, launch
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    launch("-m", "tests.checkpoint.rank_cases", folder, cwd=ROOT)
+    launch("-m", "tests.checkpoint.rank_cases", folder, cwd=ROOT, start=fork)
     return json.loads((folder / "results.json").read_text())
 
 

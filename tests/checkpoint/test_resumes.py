@@ -7,6 +7,7 @@ import pytest
 
 from hf_cwd.rules import RULES
 from tests.checkpoint.resumes import CELLS, LOSSES, LOSSY, STEPS, TRAINERS, VARIATIONS, trainers
+from tests.support.forking import fork
 from tests.support.launching import ROOT, launch
 
 STATES = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1}  # of each weight, at least
@@ -15,7 +16,7 @@ STATES = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1}  # of each weight, at leas
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumes")
-    launch("-m", "tests.checkpoint.resumes", folder, cwd=ROOT)
+    launch("-m", "tests.checkpoint.resumes", folder, cwd=ROOT, start=fork)
     return json.loads((folder / "results.json").read_text())
 
 

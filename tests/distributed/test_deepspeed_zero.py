@@ -10,7 +10,8 @@ import pytest
 from hf_cwd.rules import RULES
 from tests.distributed import zero_refusals
 from tests.distributed.zero_tables import CONFIGS, WORLDS, cases
-from tests.support.launching import ROOT, finish_all, free_port, start
+from tests.support.forking import DEEPSPEED, fork_ranks
+from tests.support.launching import ROOT, finish_all
 
 QUIET = {"PYTHONWARNINGS": "ignore"}  # a thousand lines on collectives that DeepSpeed should call otherwise
 CASES = [(world, case) for world in WORLDS for case in cases(world)]
@@ -26,8 +27,7 @@ def results(tmp_path_factory):
     def of(world):
         command = ("-m", "tests.distributed.zero_ranks", folder)
         # DeepSpeed names its shared memory by the port: two runs on one machine must not share it.
-        switches = {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port()), **QUIET}
-        ranks = [start(*command, cwd=ROOT, RANK=str(rank), **switches) for rank in range(world)]
+        ranks = fork_ranks(world, *command, cwd=ROOT, modules=DEEPSPEED, DS_ACCELERATOR="cpu", **QUIET)
         files = [folder / f"{world}-{rank}.json" for rank in range(world)]
         return [
             {"errors": rank.stderr} if rank.returncode else json.loads(file.read_text())

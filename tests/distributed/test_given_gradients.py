@@ -1,6 +1,6 @@
 """Given gradients on every layout: the same weights and states as one process, exactly the bytes that have to move.
 
-injected_tables.py says what is stepped, injected_ranks.py how it is compared, injected_scenarios.py what is no table.
+given_gradients/tables.py says what is stepped, ranks.py how it is compared, scenarios.py what is no table.
 There is one launch for each world size.
 """
 
@@ -13,14 +13,15 @@ from hf_cwd.rules import RULES
 from tests.distributed.given_gradients.ending import TIMEOUT
 from tests.distributed.given_gradients.scenarios import scenarios
 from tests.distributed.given_gradients.tables import LAYOUTS, PATTERNS, WORLDS, cases
-from tests.support.launching import ROOT, finish_all, start
+from tests.support.forking import fork_ranks
+from tests.support.launching import ROOT, finish_all
 
 CASES = [(world, case) for world in WORLDS for case in cases(world)]
 NAMES = [(world, name) for world in WORLDS for name in scenarios(world)]
 
 
 def launch(world, *command):
-    ranks = [start("-m", *command, cwd=ROOT, RANK=str(rank), WORLD_SIZE=str(world)) for rank in range(world)]
+    ranks = fork_ranks(world, "-m", *command, cwd=ROOT)
     return "".join(result.stderr for result in finish_all(ranks))
 
 

@@ -9,14 +9,15 @@ import torch.distributed as dist
 from hf_cwd import CWDMuon
 from hf_cwd.distributed import rank_groups
 from tests.distributed.groups_ranks import SCENARIOS, WORLD
-from tests.support.launching import ROOT, finish_all, start
+from tests.support.forking import fork_ranks
+from tests.support.launching import ROOT, finish_all
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
     command = ("-m", "tests.distributed.groups_ranks", folder)
-    ended = finish_all([start(*command, cwd=ROOT, RANK=str(rank), WORLD_SIZE=str(WORLD)) for rank in range(WORLD)])
+    ended = finish_all(fork_ranks(WORLD, *command, cwd=ROOT))
     files = [folder / f"{rank}.json" for rank in range(WORLD)]
     assert all(file.exists() for file in files), "".join(result.stderr for result in ended)
     return [json.loads(file.read_text()) for file in files]

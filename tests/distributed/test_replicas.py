@@ -20,7 +20,8 @@ from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, plan
 from hf_cwd.distributed.schedule import Schedule
 from hf_cwd.newton_schulz.matrices import Layout
-from tests.support.launching import ROOT, finish, free_port, start
+from tests.support.forking import fork_ranks
+from tests.support.launching import ROOT, finish_all
 from tests.support.stepping import parameter
 
 RANKS = 4
@@ -83,11 +84,7 @@ def rank_main(folder: Path) -> None:
 
 
 def test_replicas_get_one_packed_result(tmp_path):
-    port = free_port()
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS), "PYTHONPATH": str(ROOT)}
-    ranks = [start(__file__, tmp_path, cwd=tmp_path, RANK=str(rank), **network) for rank in range(RANKS)]
-    for rank in ranks:
-        result = finish(rank)
+    for result in finish_all(fork_ranks(RANKS, __file__, tmp_path, cwd=tmp_path, PYTHONPATH=str(ROOT))):
         assert result.returncode == 0, result.stderr[-2000:]
     for path in tmp_path.glob("*.json"):
         results = json.loads(path.read_text())

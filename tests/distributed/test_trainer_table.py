@@ -8,7 +8,8 @@ import torch
 from hf_cwd.rules import RULES
 from tests.distributed import trainer_table
 from tests.distributed.trainer_table import GLOBAL_BATCH, LAYOUTS, LEARNING_RATE, STEPS, VARIATIONS, WEIGHT_DECAY, Case
-from tests.support.launching import ROOT, finish, free_port, start
+from tests.support.forking import DEEPSPEED, TRANSFORMERS, fork, fork_ranks
+from tests.support.launching import ROOT, finish_all
 
 WORLDS = (2, 3, 4)
 LAUNCHES = [(world, deepspeed) for world in WORLDS for deepspeed in (False, True)]
@@ -37,15 +38,19 @@ def table(tmp_path_factory):
             program = ["-m", "tests.distributed.trainer_ranks", folder, *kind]
             files = [folder / "-".join([str(world), str(rank), *kind]) for rank in range(world)]
             for _ in range(2):  # once more where gloo stood still, see trainer_ranks.py
-                launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={free_port()}"]
-                result = finish(start(*(launcher if world > 1 else []), *program, cwd=ROOT))
-                if all(file.exists() for file in files) or "Timeout (0:0" not in result.stderr:
+                modules = DEEPSPEED if deepspeed else TRANSFORMERS
+                begun = (
+                    fork_ranks(world, *program, cwd=ROOT, modules=modules) if world > 1 else [fork(*program, cwd=ROOT)]
+                )
+                ended = finish_all(begun)
+                errors = "".join(rank.stderr for rank in ended)
+                if all(file.exists() for file in files) or "Timeout (0:0" not in errors:
                     break
             # Not by the exit status: some launches abort at the interpreter's exit, with all results written.
             loaded = [torch.load(file, weights_only=False) for file in files if file.exists()]
             cache[launch] = [{Case(*case): result for case, result in rank.items()} for rank in loaded]
             wanted = trainer_table.cases(world, deepspeed=deepspeed)
-            assert [list(rank) for rank in cache[launch]] == [wanted] * world, result.stderr
+            assert [list(rank) for rank in cache[launch]] == [wanted] * world, errors
         assert cache[launch] is not None, f"the launch of {world} ranks failed: see the first test that needed it"
         return cache[launch]
 

@@ -22,7 +22,8 @@ from hf_cwd.estimate.layouts import Parallelism, Zero, parallelism, shardings
 from hf_cwd.trainer.handler import optimizer_arguments
 from scripts import cpu_ranks
 from tests.routing.architectures import MODELS
-from tests.support.launching import ROOT, free_port, launch
+from tests.support.forking import fork, free_port
+from tests.support.launching import ROOT, launch
 
 SIZES = {"vocab_size": 66, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32}
@@ -145,7 +146,7 @@ def ranks(tmp_path_factory):
     for world in CASES:
         folder = tmp_path_factory.mktemp("ranks")
         network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-        launch(__file__, folder, cwd=folder, PYTHONPATH=str(ROOT), **network)
+        launch(__file__, folder, cwd=folder, start=fork, PYTHONPATH=str(ROOT), **network)
         results[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return results
 

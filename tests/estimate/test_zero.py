@@ -20,7 +20,8 @@ from hf_cwd.estimate import costs, zero
 from hf_cwd.estimate.layouts import Zero
 from hf_cwd.rules import RULES
 from tests.estimate.zero_tables import CASES, MODELS, WORLD
-from tests.support.launching import ROOT, finish_all, free_port, start
+from tests.support.forking import DEEPSPEED, fork_ranks
+from tests.support.launching import ROOT, finish_all
 from tests.support.tiny import TINY
 
 
@@ -28,11 +29,8 @@ from tests.support.tiny import TINY
 def results(tmp_path_factory):
     """What each rank found out about each case."""
     folder = tmp_path_factory.mktemp("engines")
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD)}
-    processes = [
-        start("-m", "tests.estimate.zero_ranks", folder, cwd=ROOT, RANK=str(rank), **network) for rank in range(WORLD)
-    ]
-    for result in finish_all(processes):
+    ranks = fork_ranks(WORLD, "-m", "tests.estimate.zero_ranks", folder, cwd=ROOT, modules=DEEPSPEED)
+    for result in finish_all(ranks):
         assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 

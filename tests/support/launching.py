@@ -3,7 +3,6 @@
 import json
 import lzma
 import os
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -14,11 +13,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.forking import ENVIRONMENT, ROOT, Forked
 from tests.support.tiny import tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = ROOT / "tests/trainer/scripts/imports.py"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def start(*command, cwd, python=sys.executable, **environment) -> subprocess.Popen:
@@ -33,7 +31,7 @@ def start(*command, cwd, python=sys.executable, **environment) -> subprocess.Pop
     )
 
 
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen | Forked) -> subprocess.CompletedProcess:
     # Against a hang only: ranks that wait for each other are slowed many times over by a busy machine.
     try:
         output, errors = process.communicate(timeout=1800)
@@ -42,7 +40,7 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def finish_all(processes: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
+def finish_all(processes: list[subprocess.Popen | Forked]) -> list[subprocess.CompletedProcess]:
     """Collects processes that wait for each other: one whose output nobody reads stands still once a pipe is full."""
     with ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(finish, processes))
@@ -70,17 +68,11 @@ def flags(folder: Path, **changes) -> list[str]:
     return [str(part) for key, value in (defaults | changes).items() for part in (f"--{key}", value)]
 
 
-def launch(*command, cwd, **options) -> subprocess.CompletedProcess:
-    """Runs `python command...` to its end, which must be a good one."""
+def launch(*command, cwd, start=start, **options) -> subprocess.CompletedProcess:
+    """Runs `python command...` to its end, which must be a good one; ``start=fork`` begins with torch imported."""
     result = finish(start(*command, cwd=cwd, **options))
     assert result.returncode == 0, result.stdout + result.stderr
     return result
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def write_material(folder: Path) -> None:

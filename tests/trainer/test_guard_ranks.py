@@ -3,18 +3,17 @@
 import pytest
 import torch
 
-from tests.support.launching import ROOT, finish_all, free_port, start
+from tests.support.forking import DEEPSPEED, fork_ranks
+from tests.support.launching import ROOT, finish_all, start
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
     """What two ranks, and one under DeepSpeed, wrote of each case; and how the first launch ended, by its last case."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node"]
     program = ["-m", "tests.trainer.guard_ranks", folder]
-    many = start(*launcher, 2, *program, cwd=ROOT)
-    launcher[2] = f"--master_port={free_port()}"
-    many, one = finish_all([many, start(*launcher, 1, *program, "deepspeed", cwd=ROOT)])
+    many = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *program, cwd=ROOT)
+    many, one = finish_all([many, *fork_ranks(1, *program, "deepspeed", cwd=ROOT, modules=DEEPSPEED)])
     files = [folder / f"{rank}.pt" for rank in (0, 1, "deepspeed")]
     assert all(file.exists() for file in files), many.stderr + one.stderr
     return many, [torch.load(file, weights_only=False) for file in files]
