@@ -1,6 +1,8 @@
 """Shared by all tests: one thread, no hub, and the cases that every rule meets."""
 
 import os
+import resource
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,8 +19,23 @@ from tests.support import forking
 torch.set_num_threads(1)
 
 
+STARTED = time.monotonic()
+
+
 def pytest_configure() -> None:
     forking.begin_session()  # also for workers of pytest-xdist, which inherit it
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what the tests took, with the workers of pytest-xdist."""
+    if hasattr(terminalreporter.config, "workerinput"):
+        return
+    seconds = forking.end_session()
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        used = resource.getrusage(who)
+        seconds += used.ru_utime + used.ru_stime
+    wall = time.monotonic() - STARTED
+    terminalreporter.write_line(f"{wall / 60:.1f} minutes, {seconds / 60:.1f} of processor time (user + system)")
 
 
 @pytest.fixture(autouse=True)

@@ -39,10 +39,8 @@ def table(tmp_path_factory):
             files = [folder / "-".join([str(world), str(rank), *kind]) for rank in range(world)]
             for _ in range(2):  # once more where gloo stood still, see trainer_ranks.py
                 modules = DEEPSPEED if deepspeed else TRANSFORMERS
-                begun = (
-                    fork_ranks(world, *program, cwd=ROOT, modules=modules) if world > 1 else [fork(*program, cwd=ROOT)]
-                )
-                ended = finish_all(begun)
+                one = [fork(*program, cwd=ROOT)] if world == 1 else []
+                ended = finish_all(one or fork_ranks(world, *program, cwd=ROOT, modules=modules))
                 errors = "".join(rank.stderr for rank in ended)
                 if all(file.exists() for file in files) or "Timeout (0:0" not in errors:
                     break

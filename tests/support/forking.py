@@ -16,6 +16,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,6 +108,19 @@ def begin_session() -> None:
         os.environ[SESSION] = f"{folder}:{os.getpid()}"
 
 
+def end_session() -> float:
+    """Ends the servers, and tells the processor seconds that they and what they forked have taken."""
+    folder, _ = os.environ[SESSION].split(":")
+    seconds = 0.0
+    for file in Path(folder).glob("*.pid"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = Path("/proc", file.read_text(), "stat").read_text().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+            os.kill(int(file.read_text()), signal.SIGTERM)
+    shutil.rmtree(folder, ignore_errors=True)
+    return seconds
+
+
 def _connected(modules: tuple[str, ...]) -> socket.socket:
     """A connection to the server that has these modules, which is started if it is not there."""
     folder, owner = os.environ[SESSION].split(":")
@@ -116,7 +130,10 @@ def _connected(modules: tuple[str, ...]) -> socket.socket:
         if not path.exists():
             command = [sys.executable, __file__, str(path), owner, *modules]
             environment = os.environ | ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
-            subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            with open(f"{path}.log", "w") as log:  # it must not keep the pipe by which a worker of pytest-xdist ends
+                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "process_group": 0}
+                server = subprocess.Popen(command, cwd=folder, env=environment, **options)
+            Path(f"{path}.pid").write_text(str(server.pid))
             while not path.exists():
                 time.sleep(0.05)
     connection = socket.socket(socket.AF_UNIX)
@@ -138,6 +155,21 @@ def serve(path: str, owner: int, modules: list[str]) -> None:
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     running: dict[int, socket.socket] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # and the processes that run are killed on the way
+    try:
+        _serve(listening, awake, wake, running, owner)
+    finally:
+        for pid in running:
+            _kill(pid)
+
+
+def _serve(
+    listening: socket.socket,
+    awake: socket.socket,
+    wake: socket.socket,
+    running: dict[int, socket.socket],
+    owner: int,
+) -> None:
     while Path(f"/proc/{owner}").exists():
         ready, _, _ = select.select([listening, awake, *running.values()], [], [], 1)
         if listening in ready:
@@ -149,8 +181,6 @@ def serve(path: str, owner: int, modules: list[str]) -> None:
         for pid, connection in list(running.items()):
             if connection in ready and not connection.recv(1):  # who asked for it has ended
                 _kill(pid)
-    for pid in running:
-        _kill(pid)
 
 
 def _answer_ended(running: dict[int, socket.socket]) -> None:
@@ -182,6 +212,7 @@ def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for end in (connection, *others):
             end.close()
         for number, descriptor in enumerate(descriptors, start=1):
