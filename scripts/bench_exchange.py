@@ -152,7 +152,7 @@ def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) 
 
 def alone(exchange: Exchange, device: torch.device) -> Callable:
     """The orthogonalisation of the matrices that this rank owns, in the batches of the exchange."""
-    rounds = [*(still for _, still in exchange.schedule.chunks), *exchange.schedule.rounds]
+    rounds = [*(r for resident in exchange.schedule.resident for r in resident.rounds), *exchange.schedule.rounds]
     batches = [
         (batch.stage, torch.randn(len(batch.jobs), *batch.shape, device=device).to(batch.dtype))
         for round_ in rounds

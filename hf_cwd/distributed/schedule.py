@@ -70,6 +70,13 @@ class Round:
     whole: dict[int, Part] = field(default_factory=dict)
 
 
+class Resident(NamedTuple):
+    """Some sources of which nothing moves, and the rounds, without communication, of their matrices."""
+
+    sources: list[int]
+    rounds: list[Round]
+
+
 class Schedule:
     """What one rank does in a plan, round by round.
 
@@ -83,8 +90,9 @@ class Schedule:
 
     Attributes:
         rounds: a :class:`Round` for each of the plan's.
-        chunks: sources of which nothing moves, with rounds of their own that need no communication.
-        still: for each round, such rounds for what does not move of the sources that begin in it.
+        resident: the sources of which nothing moves.
+        beside: for each round, rounds without communication, of the matrices that do not move of sources that begin in
+            it.
         moving: sources of which something moves on some rank.
         begins, ends: for each round, the sources whose first matrix leaves, or whose last returns, in it.
 
@@ -102,40 +110,38 @@ class Schedule:
         batch_bytes: int,
         padded: Sequence[int] = (),
     ) -> None:
-        self._plan, self._rank, self._padded = plan, rank, frozenset(padded)
+        self._plan, self._rank, self._padded, self._batch_bytes = plan, rank, frozenset(padded), batch_bytes
         self._position = {peer: i for i, peer in enumerate(peers)}
         self.rounds = [self._round() for _ in range(plan.rounds)]
-        here = self._here(local_sizes)
-        self.moving = sorted({plan.entries[job.entry].source for job in plan.jobs if job.round is not None})
         self.begins: list[list[int]] = [[] for _ in self.rounds]
         self.ends: list[list[int]] = [[] for _ in self.rounds]
-        self.chunks: list[tuple[list[int], list[Round]]] = []
-        self.still: list[list[Round]] = [[] for _ in self.rounds]
-        owned: list[list[int]] = [[] for _ in self.rounds]
         for job in plan.jobs:
             if job.round is not None:
                 self.rounds[job.round].dtype = plan.entries[job.entry].dtype
                 self.rounds[job.round].replicated |= len(job.serves) > 1
-        chunk: list[int] = []
-        for source, numbers in enumerate(here):
-            travels = [r for r in (plan.jobs[number].round for number in numbers) if r is not None]
-            if not travels:
-                chunk.append(source)
-                if sum(self._bytes(number) for member in chunk for number in here[member]) >= batch_bytes:
-                    self.chunks.append((chunk, self._still(here, chunk, batch_bytes)))
-                    chunk = []
-                continue
-            self.begins[min(travels)].append(source)
-            self.ends[max(travels)].append(source)
-            for number in numbers:
-                if (place := plan.jobs[number].round) is not None:
-                    self._enter(self.rounds[place], number)
-                    if plan.jobs[number].owner == rank:
-                        owned[place].append(number)
-        if chunk:
-            self.chunks.append((chunk, self._still(here, chunk, batch_bytes)))
-        for k, sources_ in enumerate(self.begins):
-            self.still[k] = self._still(here, sources_, batch_bytes)
+        self.moving = sorted({plan.entries[job.entry].source for job in plan.jobs if job.round is not None})
+        self._here = self._jobs_here(local_sizes)
+        at_rest = []
+        for source, numbers in enumerate(self._here):
+            travels = [plan.jobs[number].round for number in numbers if plan.jobs[number].round is not None]
+            if travels:
+                self.begins[min(travels)].append(source)
+                self.ends[max(travels)].append(source)
+            else:
+                at_rest.append(source)
+        self._fill_rounds()
+        self.resident = [Resident(chunk, self._resident_rounds(chunk)) for chunk in self._chunks(at_rest)]
+        self.beside = [self._resident_rounds(sources) for sources in self.begins]
+
+    def _fill_rounds(self) -> None:
+        """What this rank does in each round of the plan."""
+        owned: list[list[int]] = [[] for _ in self.rounds]
+        for number in (number for numbers in self._here for number in numbers):
+            job = self._plan.jobs[number]
+            if job.round is not None:
+                self._enter(self.rounds[job.round], number)
+                if job.owner == self._rank:
+                    owned[job.round].append(number)
         for k, (round_, numbers) in enumerate(zip(self.rounds, owned, strict=True)):
             # The first round has nothing to wait for in the middle: no results are on their way yet.
             middle = self._middle(numbers) if k else 0
@@ -143,10 +149,22 @@ class Schedule:
             leaders: dict[tuple, int] = {}
             round_.alike = [leaders.setdefault(tuple(parts), i) for i, parts in enumerate(_places(round_.sent))]
 
+    def _chunks(self, sources: Sequence[int]) -> list[list[int]]:
+        """Neighbouring sources, each chunk of at least ``batch_bytes`` but the last."""
+        chunks: list[list[int]] = []
+        size = self._batch_bytes
+        for source in sources:
+            if size >= self._batch_bytes:
+                chunks.append([])
+                size = 0
+            chunks[-1].append(source)
+            size += sum(map(self._bytes, self._here[source]))
+        return chunks
+
     def _round(self) -> Round:
         return Round([], *([[] for _ in self._position] for _ in range(4)))
 
-    def _here(self, local_sizes: Sequence[int]) -> list[list[int]]:
+    def _jobs_here(self, local_sizes: Sequence[int]) -> list[list[int]]:
         """For each source the jobs whose results this rank holds a part of; together they must be all of it."""
         here: list[list[int]] = [[] for _ in local_sizes]
         covered, names = [0] * len(local_sizes), ["" for _ in local_sizes]
@@ -157,11 +175,11 @@ class Schedule:
             if entry.sharding.replica(self._rank) in job.serves and (parts := self._held(entry, job, self._rank)):
                 here[entry.source].append(number)
                 covered[entry.source] += sum(part.numel for part in parts)
-        for size, found, name in zip(local_sizes, covered, names, strict=True):
-            if size != found:
+        for size, in_matrices, name in zip(local_sizes, covered, names, strict=True):
+            if size != in_matrices:
                 raise ValueError(
-                    f"{name}: {found} of the {size} elements that this rank holds lie in its matrices, and the others "
-                    "would not be orthogonalised"
+                    f"{name}: {in_matrices} of the {size} elements that this rank holds lie in its matrices, and the "
+                    "others would not be orthogonalised"
                 )
         return here
 
@@ -193,32 +211,32 @@ class Schedule:
                 if rank != self._rank:
                     lists[self._position[rank]] += parts(rank)
 
-    def _still(self, here: Sequence[Sequence[int]], chunk: Sequence[int], batch_bytes: int) -> list[Round]:
-        """The rounds of what does not move of these sources, each of about ``batch_bytes``."""
+    def _resident_rounds(self, sources: Sequence[int]) -> list[Round]:
+        """Rounds of about ``batch_bytes``, of the matrices of these sources that do not move."""
         portions: list[list[int]] = []
         last, size = -1, 0
-        for number in (number for source in chunk for number in here[source]):
+        for number in (number for source in sources for number in self._here[source]):
             job = self._plan.jobs[number]
             if job.round is None:
-                if not portions or (job.entry != last and size >= batch_bytes):
+                if not portions or (job.entry != last and size >= self._batch_bytes):
                     portions.append([])
                     size = 0
                 portions[-1].append(number)
                 last, size = job.entry, size + self._bytes(number)
-        results = []
-        for numbers in portions:
-            result = self._round()
-            for number in numbers:
-                self._enter(result, number)
-            result.second = self._batches(numbers)
-            for part in result.kept:
-                segment, shape = part.segment, self._plan.jobs[part.job].shape
-                alone = len(here[part.source]) == 1 and part.source not in self._padded
-                if alone and segment.numel == prod(shape) and segment.is_contiguous:
-                    result.whole[part.source] = part
-            result.kept = [part for part in result.kept if part.source not in result.whole]
-            results.append(result)
-        return results
+        return [self._resident_round(numbers) for numbers in portions]
+
+    def _resident_round(self, numbers: Sequence[int]) -> Round:
+        result = self._round()
+        for number in numbers:
+            self._enter(result, number)
+        result.second = self._batches(numbers)
+        for part in result.kept:
+            segment, shape = part.segment, self._plan.jobs[part.job].shape
+            alone = len(self._here[part.source]) == 1 and part.source not in self._padded
+            if alone and segment.numel == prod(shape) and segment.is_contiguous:
+                result.whole[part.source] = part
+        result.kept = [part for part in result.kept if part.source not in result.whole]
+        return result
 
     def _batches(self, numbers: Iterable[int]) -> list[Batch]:
         batches: dict[tuple, Batch] = {}

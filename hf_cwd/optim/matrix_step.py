@@ -301,11 +301,11 @@ class MatrixLoop:
             self._directions(schedule.begins[0])
             incoming = step.gather(0)
         meanwhile()
-        for sources, resident in schedule.chunks:
+        for sources, resident in schedule.resident:
             self._orthogonalize_resident(resident, sources)
             self._apply(sources)
         if rounds:
-            self._orthogonalize_resident(schedule.still[0])
+            self._orthogonalize_resident(schedule.beside[0])
         for k, round_ in enumerate(rounds):
             matrices = step.whole(k, incoming)
             incoming = None  # frees its buffers before the next ones are made
@@ -317,7 +317,7 @@ class MatrixLoop:
             if k + 1 < len(rounds):
                 self._directions(schedule.begins[k + 1])
                 incoming = step.gather(k + 1)
-                self._orthogonalize_resident(schedule.still[k + 1])
+                self._orthogonalize_resident(schedule.beside[k + 1])
             self._orthogonalize(round_.second, matrices)
             outgoing = step.give_back(k, matrices)
             del matrices

@@ -91,25 +91,27 @@ def test_matrices_are_put_together(seed, stage):
             padded = [torch.cat([p, torch.zeros(-len(p) % world, dtype=torch.long)]) for p in own]
             flats.append([torch.cat([p.chunk(world)[rank] for p in padded]) for rank in range(world)])
     assert [param.name for group in groups for param in group] == [name for name, _ in shapes]
-    position = 0
-    for group, ranks in zip(groups, flats, strict=True):
-        for param in group:
-            layout, full = layouts[position], fulls[position]
-            if full.ndim > 1:
-                blocks = [b if b.ndim > 2 else b.unsqueeze(0) for b in layout.matrices(full)]
-                wanted = [block.flatten(0, -3)[k] for k in range(len(blocks[0].flatten(0, -3))) for block in blocks]
-                assert [tuple(m.shape) for m in wanted] == matrix_shapes(param.shape, layout)
-                found = [torch.zeros_like(m).flatten() for m in wanted]
-                where = [{int(v): i for i, v in enumerate(m.flatten())} for m in wanted]
-                for rank, local in enumerate(ranks):
-                    for matrix, segments in held(param.shape, layout, param.sharding, rank).items():
-                        for s in segments:
-                            place = local.storage_offset() + s.offset + param.offset
-                            for value in local.as_strided(s.size, s.strides, place).flatten().tolist():
-                                found[matrix][where[matrix][value]] += value
-                for m, f in zip(wanted, found, strict=True):
-                    assert torch.equal(m.flatten(), f), "each element of a matrix lies on one rank, in that matrix"
-            position += 1
+    placed = [(param, ranks) for group, ranks in zip(groups, flats, strict=True) for param in group]
+    for (param, ranks), layout, full in zip(placed, layouts, fulls, strict=True):
+        if full.ndim > 1:
+            check_matrices(param, ranks, layout, full)
+
+
+def check_matrices(param, ranks, layout, full):
+    """Each element of a matrix lies on one rank, in that matrix."""
+    blocks = [b if b.ndim > 2 else b.unsqueeze(0) for b in layout.matrices(full)]
+    wanted = [block.flatten(0, -3)[k] for k in range(len(blocks[0].flatten(0, -3))) for block in blocks]
+    assert [tuple(m.shape) for m in wanted] == matrix_shapes(param.shape, layout)
+    found = [torch.zeros_like(m).flatten() for m in wanted]
+    where = [{int(v): i for i, v in enumerate(m.flatten())} for m in wanted]
+    for rank, local in enumerate(ranks):
+        for matrix, segments in held(param.shape, layout, param.sharding, rank).items():
+            for s in segments:
+                place = local.storage_offset() + s.offset + param.offset
+                for value in local.as_strided(s.size, s.strides, place).flatten().tolist():
+                    found[matrix][where[matrix][value]] += value
+    for m, f in zip(wanted, found, strict=True):
+        assert torch.equal(m.flatten(), f)
 
 
 def test_sub_groups_are_closed_once_they_are_full():

@@ -68,62 +68,76 @@ def test_random_models(seed, share):
         params, balance = random_model(draw), draw.choice((1, 10, 100, 1000))
         exchange = draw.choice((1, 64, 500, 10_000))
         planned = plan(entries_of(params), share=share, exchange_bytes=exchange, balance=balance)
-        shares = [brute.shares_of(param) for param in params]
-        ranks = {rank for param in params for rank in param.ranks}
-        jobs, count = served(planned, params, shares)
+        check_plan(planned, params, share=share, exchange=exchange, balance=balance)
 
-        wanted = [
-            (i, number, replica)
-            for i, matrices in enumerate(shares)
-            for number, matrix in enumerate(matrices)
-            if matrix.numel
-            for replica in set(matrix.replica.values())
-        ]
-        assert count == dict.fromkeys(wanted, 1), "each matrix once for each replica"
-        assert [job.entry for job, _ in jobs] == sorted(job.entry for job, _ in jobs), "in the parameters' order"
-        received, work = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
-        moving = {}
-        for job, matrix in jobs:
-            entry = planned.entries[job.entry]
-            assert job.numel == matrix.numel == prod(job.shape)
-            assert matrix.held.get(job.owner), "an owner holds a part"
-            assert matrix.replica[job.owner] in job.serves
-            moved = brute.moves(matrix, job.owner, job.serves)
-            assert holders(entry, job) == {rank: matrix.held[rank] for rank in moved}
-            at_home = [rank for rank in matrix.held if matrix.replica[rank] == matrix.replica[job.owner]]
-            assert sorted(sources(entry, job)) == sorted(at_home)
-            for rank, elements in moved.items():
-                received[rank] += elements * matrix.bytes
-            work[job.owner] += flops(*job.shape)
-            assert (job.round is None) == (list(moved) == [job.owner])
-            assert (job.round is None) == (not any(moved.values())), "what nobody else needs does not move"
-            if job.round is not None:
-                moving.setdefault(matrix.bytes, []).append((job, matrix))
 
-            copies = len(set(matrix.replica.values()))
-            assert len(job.serves) in (1, copies)
-            if copies > 1 and share != "auto":
-                assert len(job.serves) == (copies if share == "always" else 1)
-            elif copies > 1:
-                gain = brute.worth_sharing(matrix, flops(*job.shape), balance)
-                assert abs(gain) < 1e-6 or (len(job.serves) > 1) == (gain > 0)
-        assert planned.received == received
-        assert planned.flops == work
+def check_plan(planned, params, *, share, exchange, balance):
+    shares = [brute.shares_of(param) for param in params]
+    ranks = {rank for param in params for rank in param.ranks}
+    jobs, count = served(planned, params, shares)
 
-        number = 0
-        for size, group in moving.items():
-            busiest = dict.fromkeys(ranks, 0)
-            for job, matrix in group:
-                for rank, elements in brute.moves(matrix, job.owner, job.serves).items():
-                    busiest[rank] += elements * size
-            largest = max(job.numel for job, _ in group) * size
-            expected = ceil(Fraction(max(busiest.values()), max(exchange, largest)))
-            used = {job.round for job, _ in group}
-            assert max(used) - min(used) < expected
-            number += expected
-        assert planned.rounds == number
-        used = [{job.round for job, _ in group} for group in moving.values()]
-        assert sum(map(len, used)) == len(set().union(*used)), "a round is of one dtype"
+    wanted = [
+        (i, number, replica)
+        for i, matrices in enumerate(shares)
+        for number, matrix in enumerate(matrices)
+        if matrix.numel
+        for replica in set(matrix.replica.values())
+    ]
+    assert count == dict.fromkeys(wanted, 1), "each matrix once for each replica"
+    assert [job.entry for job, _ in jobs] == sorted(job.entry for job, _ in jobs), "in the parameters' order"
+    received, work = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
+    for job, matrix in jobs:
+        check_owner(planned.entries[job.entry], job, matrix)
+        check_sharing(job, matrix, share=share, balance=balance)
+        for rank, elements in brute.moves(matrix, job.owner, job.serves).items():
+            received[rank] += elements * matrix.bytes
+        work[job.owner] += flops(*job.shape)
+    assert planned.received == received
+    assert planned.flops == work
+    check_rounds(planned, jobs, ranks, exchange)
+
+
+def check_owner(entry, job, matrix):
+    assert job.numel == matrix.numel == prod(job.shape)
+    assert matrix.held.get(job.owner), "an owner holds a part"
+    assert matrix.replica[job.owner] in job.serves
+    moved = brute.moves(matrix, job.owner, job.serves)
+    assert holders(entry, job) == {rank: matrix.held[rank] for rank in moved}
+    at_home = [rank for rank in matrix.held if matrix.replica[rank] == matrix.replica[job.owner]]
+    assert sorted(sources(entry, job)) == sorted(at_home)
+    assert (job.round is None) == (list(moved) == [job.owner])
+    assert (job.round is None) == (not any(moved.values())), "what nobody else needs does not move"
+
+
+def check_sharing(job, matrix, *, share, balance):
+    copies = len(set(matrix.replica.values()))
+    assert len(job.serves) in (1, copies)
+    if copies > 1 and share != "auto":
+        assert len(job.serves) == (copies if share == "always" else 1)
+    elif copies > 1:
+        gain = brute.worth_sharing(matrix, flops(*job.shape), balance)
+        assert abs(gain) < 1e-6 or (len(job.serves) > 1) == (gain > 0)
+
+
+def check_rounds(planned, jobs, ranks, exchange):
+    moving = {}
+    for job, matrix in jobs:
+        if job.round is not None:
+            moving.setdefault(matrix.bytes, []).append((job, matrix))
+    number = 0
+    for size, group in moving.items():
+        busiest = dict.fromkeys(ranks, 0)
+        for job, matrix in group:
+            for rank, elements in brute.moves(matrix, job.owner, job.serves).items():
+                busiest[rank] += elements * size
+        largest = max(job.numel for job, _ in group) * size
+        expected = ceil(Fraction(max(busiest.values()), max(exchange, largest)))
+        used = {job.round for job, _ in group}
+        assert max(used) - min(used) < expected
+        number += expected
+    assert planned.rounds == number
+    used = [{job.round for job, _ in group} for group in moving.values()]
+    assert sum(map(len, used)) == len(set().union(*used)), "a round is of one dtype"
 
 
 def test_sole_holders_do_not_move():
