@@ -50,6 +50,7 @@ setup(
             "numpy",
             "optuna",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scikit-learn",
             "triton; platform_system == 'Linux'",

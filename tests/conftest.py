@@ -22,6 +22,27 @@ torch.set_num_threads(1)
 STARTED = time.monotonic()
 
 
+# What a module of tests that starts processes has among its names.
+STARTERS = {"Environment", "fork", "fork_ranks", "launch", "multiprocessing", "start", "subprocess"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only modules whose tests start no other process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the modules first that start processes, since they take longest: workers then end together."""
+
+    def is_quick(item: pytest.Item) -> bool:
+        return STARTERS.isdisjoint(vars(item.module))
+
+    items.sort(key=is_quick)
+    if config.getoption("--quick"):
+        slow = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=slow)
+        del items[: len(slow)]
+
+
 def pytest_configure() -> None:
     forking.begin_session()  # also for workers of pytest-xdist, which inherit it
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTEST = f"-m pytest -n {min(len(os.sched_getaffinity(0)), 8)} --dist loadfile"
 # Answers what the scripts ask an interpreter, and writes down what they tell it to do.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
@@ -291,12 +292,12 @@ def test_quickstart_passes_its_arguments_on(run, project):
 def test_tests_lint_then_run_pytest_in_the_project(run, project, script):
     done, told = run(script, "-k", "muon")
     assert done.returncode == 0, done.stderr
-    expected = ["-m ruff check .", "-m ruff format --check .", "-m pytest -k muon"]
+    expected = ["-m ruff check .", "-m ruff format --check .", f"{PYTEST} -k muon"]
     assert told[-3:] == [f"{project}: {command}" for command in expected]
 
 
 def test_exit_status_of_the_tests(run):
     done, told = run("scripts/test", FAKE_RUFF="1")
     assert done.returncode == 1
-    assert told[-1].endswith("-m pytest")  # a lint error does not hide the tests
+    assert told[-1].endswith(PYTEST)  # a lint error does not hide the tests
     assert run("scripts/test", FAKE_PYTEST="5")[0].returncode == 5
