@@ -137,6 +137,41 @@ def test_hooks_run_what_is_there_and_fetch_nothing():
 
 # --- Documentation ---
 
+PAGES = ("CONTRIBUTING.md", "docs/architecture.md")
+TOP = ("hf_cwd/", "tests/", "scripts/", "configs/", "docs/")
+
+
+def names_in(path):
+    """What a Python file defines: ``function``, ``Class``, ``Class.method`` and ``CONSTANT``."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+            yield from (f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef))
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_and_names_on_a_page_exist(page):
+    """A page names a file by its path, and what is in it as ``path::name``."""
+    named = [text for text in re.findall(r"`([^`\s]+)`", (ROOT / page).read_text()) if text.startswith(TOP)]
+    assert named
+    for text in named:
+        path, _, name = text.partition("::")
+        if "<" not in path:  # the file that the reader is going to write
+            assert (ROOT / path).exists(), text
+            assert not name or name in names_in(ROOT / path), text
+
+
+def test_the_architecture_page_has_every_room_and_their_order():
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert set(re.findall(r"^\| `hf_cwd/(\w+)/` \|", text, re.MULTILINE)) == rooms
+    order = re.search(r"^ {4}log, (?:.+\n)+", text, re.MULTILINE)[0]
+    assert re.findall(r"\w+", order) == ORDER
+    assert len(text.splitlines()) <= 120
+
 
 def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
