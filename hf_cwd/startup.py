@@ -16,7 +16,7 @@ MODULES = (
 )
 
 
-def install():
+def install() -> None:
     """Adds to those of the modules that are imported, and to the others as soon as they are. Twice does the same."""
     if not installed():
         sys.meta_path.insert(0, CWDFinder())

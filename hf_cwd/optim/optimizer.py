@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class CommonOptions(TypedDict, total=False):
             leaves it and begins with new states.
         routing: splits the parameter groups by rule before anything else, see :func:`hf_cwd.route`.
         announce: is called with the parameter groups once, when they are complete.
-        amsgrad, differentiable, foreach, fused: only False or None; ``kernel=`` chooses the implementation here.
+        differentiable, foreach, fused: only False or None; ``kernel=`` chooses the implementation here.
     """
 
     cautious: bool
@@ -55,7 +55,6 @@ class CommonOptions(TypedDict, total=False):
     on_rule_change: str
     routing: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None
     announce: Callable[[Sequence[Mapping[str, Any]]], None] | None
-    amsgrad: bool | None
     differentiable: bool | None
     foreach: bool | None
     fused: bool | None
@@ -221,6 +220,12 @@ class CWDOptimizer(torch.optim.Optimizer):
                     f"'algorithm': {rule.companion!r}, say with 'layout' which matrices it holds, or pass "
                     "routing=hf_cwd.route(model) to have them sorted"
                 )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
