@@ -13,7 +13,7 @@ from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, Plan, holders, sources
 from hf_cwd.estimate.layouts import Parallelism, shardings
 from hf_cwd.kernels import eager
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.routing.route import Routing
 from hf_cwd.rules import RULES, Rule
 
@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
     params: list[tuple[str, Shape]]
     rule: Rule
-    layout: Layout
+    layout: MatrixLayout
 
     def stage(self, arguments: Mapping[str, Any]) -> Stage:
         """Its matrix stage, from the keyword arguments of the optimizer."""
@@ -48,7 +48,7 @@ def groups(model: nn.Module, routing: Routing) -> list[Group]:
         Group(
             [(names[p], tuple(p.shape)) for p in part["params"]],
             RULES[part["algorithm"]],
-            Layout() if part.get("layout") is None else Layout(**part["layout"]),
+            MatrixLayout() if part.get("layout") is None else MatrixLayout(**part["layout"]),
         )
         for part in parts
     ]

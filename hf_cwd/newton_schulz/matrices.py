@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class MatrixLayout:
     """How matrices ``(out_features, in_features)`` lie in a parameter of two or more dimensions.
 
     The default is one matrix in the last two dimensions; dimensions before them are a stack of independent ones.
@@ -23,9 +23,9 @@ class Layout:
 
     Example:
         >>> import torch
-        >>> from hf_cwd.newton_schulz.matrices import Layout
+        >>> from hf_cwd.newton_schulz.matrices import MatrixLayout
         >>> qkv = torch.arange(6.0).view(6, 1)
-        >>> [m.flatten().tolist() for m in Layout(sizes=(1, 1, 1), periods=2).matrices(qkv)]
+        >>> [m.flatten().tolist() for m in MatrixLayout(sizes=(1, 1, 1), periods=2).matrices(qkv)]
         [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 Cut = Callable[[Any, int], tuple[tuple[int, ...], int]]
 
@@ -18,8 +18,12 @@ Cut = Callable[[Any, int], tuple[tuple[int, ...], int]]
 class Fused(NamedTuple):
     """A projection that holds several matrices.
 
-    ``module`` and ``parent`` are patterns of the name of the linear layer and of the class around it; ``cut`` gets the
-    module around it and the number of output features, and gives ``sizes`` and ``periods`` of the :class:`Layout`.
+    Attributes:
+        module: a pattern for the name of the linear layer.
+        parent: a pattern for the class of the module that holds the layer.
+        parts: the names of the fused matrices, for the reason that is shown.
+        cut: takes that module and the number of output features, returns ``sizes`` and ``periods`` of the
+            :class:`MatrixLayout`.
     """
 
     module: str
@@ -145,20 +149,24 @@ INPUT_LAYER = re.compile(r".*(patch_?embed|patch_?proj|patcher)", re.IGNORECASE)
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 # Raw parameters that are matrices: pattern of the module's class, of the parameter's name, and their layout.
-MATRICES: tuple[tuple[str, str, Callable[[Any], Layout]], ...] = (
-    ("DbrxExpertGLU", "w1|v1|w2", lambda m: Layout((m.ffn_hidden_size,) * m.moe_num_experts)),
-    ("AriaGroupedExpertsGemm", "weight", lambda m: Layout(transposed=True)),
-    (".*ParallelExperts", "weight", lambda m: Layout()),
-    (".*MultiModalProjector", "mm_input_projection_weight", lambda m: Layout(transposed=True)),
-    ("XLNetRelativeAttention", "[qkvr]", lambda m: Layout(transposed=True, flattened=True)),
-    ("XLNetRelativeAttention", "o", lambda m: Layout(flattened=True)),
-    ("RecurrentGemmaRglru", "(input|recurrent)_gate_weight", lambda m: Layout(transposed=True)),
-    ("ZambaMambaMixer", "x_proj_weight", lambda m: Layout((m.time_step_rank, m.ssm_state_size, m.ssm_state_size))),
-    ("ZambaMambaMixer", "dt_proj_weight", lambda m: Layout()),
+MATRICES: tuple[tuple[str, str, Callable[[Any], MatrixLayout]], ...] = (
+    ("DbrxExpertGLU", "w1|v1|w2", lambda m: MatrixLayout((m.ffn_hidden_size,) * m.moe_num_experts)),
+    ("AriaGroupedExpertsGemm", "weight", lambda m: MatrixLayout(transposed=True)),
+    (".*ParallelExperts", "weight", lambda m: MatrixLayout()),
+    (".*MultiModalProjector", "mm_input_projection_weight", lambda m: MatrixLayout(transposed=True)),
+    ("XLNetRelativeAttention", "[qkvr]", lambda m: MatrixLayout(transposed=True, flattened=True)),
+    ("XLNetRelativeAttention", "o", lambda m: MatrixLayout(flattened=True)),
+    ("RecurrentGemmaRglru", "(input|recurrent)_gate_weight", lambda m: MatrixLayout(transposed=True)),
+    (
+        "ZambaMambaMixer",
+        "x_proj_weight",
+        lambda m: MatrixLayout((m.time_step_rank, m.ssm_state_size, m.ssm_state_size)),
+    ),
+    ("ZambaMambaMixer", "dt_proj_weight", lambda m: MatrixLayout()),
 )
 
 
-def fused(name: str, parent: Any, rows: int) -> tuple[str, Layout] | None:
+def fused(name: str, parent: Any, rows: int) -> tuple[str, MatrixLayout] | None:
     """What a layer with ``rows`` output features holds, by its name and the module around it; None for one matrix.
 
     Raises:
@@ -168,7 +176,7 @@ def fused(name: str, parent: Any, rows: int) -> tuple[str, Layout] | None:
         if re.fullmatch(row.module, name) and re.fullmatch(row.parent, type(parent).__name__):
             try:
                 sizes, periods = row.cut(parent, rows)
-                layout = Layout(tuple(size for size in sizes if size), periods)
+                layout = MatrixLayout(tuple(size for size in sizes if size), periods)
                 layout.check((rows, 1))
             except (AttributeError, ValueError):
                 break
@@ -180,7 +188,7 @@ def fused(name: str, parent: Any, rows: int) -> tuple[str, Layout] | None:
     raise ValueError(f"fused by its name, and how a {type(parent).__name__} lays its rows out is not known")
 
 
-def matrix(module: nn.Module, name: str) -> Layout | None:
+def matrix(module: nn.Module, name: str) -> MatrixLayout | None:
     """The layout of a raw parameter that is known to be a matrix or a stack of matrices."""
     for kind, attribute, layout in MATRICES:
         if re.fullmatch(kind, type(module).__name__) and re.fullmatch(attribute, name):
@@ -188,7 +196,7 @@ def matrix(module: nn.Module, name: str) -> Layout | None:
     return None
 
 
-def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
+def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> MatrixLayout | None:
     """The layout of a stack of experts' weights ``(experts, ., .)``, None if it is not one.
 
     Transformers' experts say how they lie; those of Llama 4 do not, nor did GPT-OSS's at first that they alternate.
@@ -198,8 +206,8 @@ def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | No
         return None
     transposed = getattr(module, "is_transposed", kind == "Llama4TextExperts")
     if name != "gate_up_proj":
-        return Layout(transposed=transposed)
+        return MatrixLayout(transposed=transposed)
     half = shape[-1 if transposed else -2] // 2
     if getattr(module, "is_concatenated", kind != "GptOssExperts"):
-        return Layout((half, half), transposed=transposed)
-    return Layout((1, 1), half, transposed=transposed)
+        return MatrixLayout((half, half), transposed=transposed)
+    return MatrixLayout((1, 1), half, transposed=transposed)

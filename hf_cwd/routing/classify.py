@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cwd.distributed.deepspeed_zero import full_shape
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.routing import adapters, architectures
 from hf_cwd.routing.adapters import Adapter
 
@@ -39,7 +39,7 @@ class Kind:
 
     is_matrix: bool | None
     reason: str
-    layout: Layout | None = None
+    layout: MatrixLayout | None = None
 
 
 def kind(p: Tensor, place: Place, modules: Mapping[str, nn.Module]) -> Kind:
@@ -83,13 +83,13 @@ def _weight(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Mo
     if isinstance(module, nn.Linear) or _is_linear(module, name, shape):
         return _linear(place, layer, shape, around)
     if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': x @ weight
-        return _fused(layer, around, shape, Layout(transposed=True), "hidden matrix")
+        return _fused(layer, around, shape, MatrixLayout(transposed=True), "hidden matrix")
     if isinstance(module, nn.MultiheadAttention):
         sizes = (shape[0] // 3,) * 3 if name == "in_proj_weight" else ()
-        return _matrix("hidden matrix", "q, k, v", Layout(sizes), shape)
+        return _matrix("hidden matrix", "q, k, v", MatrixLayout(sizes), shape)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         gates = 1 if "_hr_" in name else GATES.get(type(module), 1)  # _hr_: the projection of an LSTM's output
-        return _matrix("recurrent matrix", "gates", Layout((shape[0] // gates,) * gates), shape)
+        return _matrix("recurrent matrix", "gates", MatrixLayout((shape[0] // gates,) * gates), shape)
     if (layout := architectures.experts(module, name, shape)) is not None:
         return _matrix("experts", "gate, up", layout, shape)
     if (layout := architectures.matrix(module, name)) is not None:
@@ -106,7 +106,7 @@ def as_named(p: Tensor) -> Kind:
     shape = full_shape(p)
     if sum(size > 1 for size in shape) < 2:
         return Kind(False, "vector (norm or scale)")
-    return _matrix("matrix, as named", "", Layout(), shape)
+    return _matrix("matrix, as named", "", MatrixLayout(), shape)
 
 
 def _around(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[nn.Module]]:
@@ -130,7 +130,7 @@ def _linear(place: Place, layer: str, shape: tuple[int, ...], around: list[nn.Mo
         return Kind(False, "router")
     if any(architectures.INPUT_LAYER.match(part) for part in place.path.split(".")[-2:]):
         return Kind(False, "input layer (patch embedding)")
-    return _fused(layer, around, shape, Layout(), "hidden matrix")
+    return _fused(layer, around, shape, MatrixLayout(), "hidden matrix")
 
 
 def _factor(place: Place, row: Adapter, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
@@ -140,10 +140,10 @@ def _factor(place: Place, row: Adapter, shape: tuple[int, ...], around: list[nn.
     if len(shape) > 2 and not row.stacked:
         return Kind(False, f"{row.reason} of a convolution")
     parts = adapters.parts(row, place.parameter, [place.module, *around])
-    return _matrix(row.reason, "blocks", Layout((shape[-2] // parts,) * parts), shape)
+    return _matrix(row.reason, "blocks", MatrixLayout((shape[-2] // parts,) * parts), shape)
 
 
-def _fused(layer: str, around: list[nn.Module], shape: tuple[int, ...], layout: Layout, reason: str) -> Kind:
+def _fused(layer: str, around: list[nn.Module], shape: tuple[int, ...], layout: MatrixLayout, reason: str) -> Kind:
     """A matrix, cut into several where the table of fused projections has it."""
     parts = "matrices"
     if not layout.sizes:
@@ -158,7 +158,7 @@ def _fused(layer: str, around: list[nn.Module], shape: tuple[int, ...], layout: 
     return _matrix(reason, parts, layout, shape)
 
 
-def _matrix(reason: str, parts: str, layout: Layout, shape: tuple[int, ...]) -> Kind:
+def _matrix(reason: str, parts: str, layout: MatrixLayout, shape: tuple[int, ...]) -> Kind:
     if len(layout.sizes) == 1:
         layout = dataclasses.replace(layout, sizes=())
     if layout.transposed:
@@ -169,7 +169,7 @@ def _matrix(reason: str, parts: str, layout: Layout, shape: tuple[int, ...]) -> 
         sizes = [str(size * layout.periods) for size in layout.sizes]
         equal = len(sizes) > 3 and len(set(sizes)) == 1
         reason += f", fused {parts} ({f'{len(sizes)} x {sizes[0]}' if equal else ' + '.join(sizes)})"
-    return Kind(True, reason, None if layout == Layout() and len(shape) == 2 else layout)
+    return Kind(True, reason, None if layout == MatrixLayout() and len(shape) == 2 else layout)
 
 
 def _convolution(place: Place, module: Any, shape: tuple[int, ...], around: list[nn.Module]) -> Kind:
@@ -183,7 +183,7 @@ def _convolution(place: Place, module: Any, shape: tuple[int, ...], around: list
         return Kind(False, "input layer (convolution of the raw input)")
     if min(shape[0] // module.groups, prod(shape[1:])) < 2:
         return Kind(False, "vector (one row or column)")
-    layout = Layout((shape[0] // module.groups,) * module.groups, flattened=True)
+    layout = MatrixLayout((shape[0] // module.groups,) * module.groups, flattened=True)
     return _matrix("convolution, flattened", "groups", layout, shape)
 
 

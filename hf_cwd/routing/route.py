@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from hf_cwd.distributed import collectives
 from hf_cwd.distributed.deepspeed_zero import full_shape
 from hf_cwd.log import logger
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.param_groups import ROUTED_NAMES
 from hf_cwd.routing.classify import Kind, Place, kind
 from hf_cwd.routing.heads import output_layers
@@ -29,7 +29,7 @@ class Route:
     shape: tuple[int, ...]
     algorithm: str | None
     reason: str
-    layout: Layout | None = None
+    layout: MatrixLayout | None = None
 
     @property
     def numel(self) -> int:
@@ -80,7 +80,7 @@ class Routing:
         """
         first, rest = [], []
         for group in groups:
-            split: dict[tuple[str, Layout | None], list[tuple[str, Any]]] = {}
+            split: dict[tuple[str, MatrixLayout | None], list[tuple[str, Any]]] = {}
             params = group["params"]
             for entry in [params] if isinstance(params, Tensor) else params:
                 route = self._route(entry)
