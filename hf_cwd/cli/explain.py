@@ -20,7 +20,7 @@ from hf_cwd.estimate.layouts import GRAMMAR, Zero, parallelism
 from hf_cwd.routing.route import Route, Routing, route
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import has_remainder, state_dtype
-from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.trainer.optim_args import optimizer_arguments
 from hf_cwd.trainer.optim_names import PREFIX, names
 
 # Tried in this order where a configuration does not say which model it is of.

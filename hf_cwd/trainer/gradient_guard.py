@@ -1,4 +1,8 @@
-"""What :class:`hf_cwd.CWDTrainer` does about gradients that are not finite, which the Trainer itself trains on."""
+"""Looks at the gradients of each step under :class:`hf_cwd.CWDTrainer`, before the step: are they finite?
+
+The plain Trainer trains on gradients that are not. :mod:`hf_cwd.trainer.start_checks` has the checks before the first
+step, :mod:`hf_cwd.trainer.callbacks.optimizer_guard` looks at the optimizer at each step.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,24 +18,24 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cwd.distributed.dtensor import is_dtensor, local
 from hf_cwd.log import logger
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.wrappers import innermost
 
 MOST = 20  # steps that may be skipped in a row
 NAMED = 3
 
 
-class FiniteGuard:
-    """Looks at the gradient norm of each step before the step, and at nothing else while that is finite.
+class GradientGuard:
+    """Checks before each step that the gradient norm is finite; stops the run or skips the step if it is not.
 
-    The Trainer has the norm computed for clipping and for its log, and it is the same number on all ranks: one rank's
-    NaN is in all ranks' averaged gradients. So all ranks stop, or skip the step, together, and none waits for another.
-    Losses are a rank's own: they are said, and decide only where the norm cannot, under fp16 (whose loss scaler makes
-    norms infinite and leaves out such steps itself) and where nobody computes one.
+    The Trainer computes the norm anyway, for clipping and for its log. It is the same on all ranks, since the averaged
+    gradients contain every rank's NaN. All ranks therefore stop, or skip the step, together, and none waits for
+    another. The losses differ between ranks. They are reported, and they decide only if the norm cannot: under fp16,
+    where a loss scaler makes norms infinite and skips such steps itself, and if no norm is computed.
 
-    No pass over gradients or weights is added. Norm and losses come to the CPU in one copy a step; that copy waits for
-    the norm, as the Trainer's ``logging_nan_inf_filter`` waits for each loss.
+    The check adds no pass over gradients or weights. It copies the norm and the losses to the CPU once a step. That
+    copy waits for the norm, as the Trainer's ``logging_nan_inf_filter`` waits for each loss.
 
-    Under DeepSpeed, which steps inside ``backward``, the look comes after the step.
+    DeepSpeed steps inside ``backward``, so that the check comes after the step there.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -44,28 +48,27 @@ class FiniteGuard:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is looked at."""
+        """Whether gradients are checked."""
         return self._mode != "ignore"
 
     def install(self, accelerator: Accelerator) -> None:
-        """Takes the place of ``accelerator.clip_grad_norm_``, by which every transformers 5 has norms computed.
+        """Replaces ``accelerator.clip_grad_norm_``, by which every transformers 5 computes the norm.
 
-        A norm that is NaN makes every gradient NaN in clipping: which parameter it came from can be told between the
-        two only.
+        Clipping by a norm of NaN makes every gradient NaN. The parameter that caused it can be named only before that.
 
         Raises:
-            ValueError: steps are to be skipped where that is impossible.
+            ValueError: steps are to be skipped, which is impossible here.
         """
         clips = (self._trainer.args.max_grad_norm or 0) > 0
         self._has_norm = clips or hasattr(transformers.Trainer, "_get_grad_norm")
         if self._mode == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "cwd_not_finite='skip' is impossible under DeepSpeed, which steps before the norm of the gradients can "
-                "be seen: give 'stop' or 'ignore' (with fp16 its loss scaler leaves out such steps by itself)"
+                "cwd_not_finite='skip' is impossible under DeepSpeed, which steps before it returns the gradient norm: "
+                "give 'stop' or 'ignore' (with fp16 its loss scaler skips such steps by itself)"
             )
         if self._mode == "skip" and not self._has_norm:
             raise ValueError(
-                f"cwd_not_finite='skip' goes by the gradient norm, and with max_grad_norm="
+                "cwd_not_finite='skip' needs the gradient norm, and with max_grad_norm="
                 f"{self._trainer.args.max_grad_norm} transformers {transformers.__version__} computes none: give "
                 "--max_grad_norm 1.0, or 1e9 to clip nothing"
             )
@@ -74,7 +77,7 @@ class FiniteGuard:
             accelerator.clip_grad_norm_ = self.clip
 
     def saw(self, loss: Tensor) -> None:
-        """Takes note of a micro-batch's loss, without waiting for it."""
+        """Keeps the loss of a micro-batch for the next check, without a synchronization."""
         if not self.is_on:
             return
         self._losses.append(loss.detach())
@@ -82,15 +85,15 @@ class FiniteGuard:
             self._is_finite([], None)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Any:
-        """``Accelerator.clip_grad_norm_``, with a look at the norm before anything is multiplied by it.
+        """``Accelerator.clip_grad_norm_`` that checks the norm before it scales the gradients.
 
         Raises:
-            RuntimeError: the gradients are not finite, and the run is to stop.
+            RuntimeError: the gradients are not finite, and ``cwd_not_finite`` is not ``"skip"``.
         """
         accelerator, params = self._trainer.accelerator, list(parameters)
         fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
         if fsdp1 or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.XLA):
-            norm = self._clip(params, max_norm, norm_type)  # computed by their own code, which clips at once
+            norm = self._clip(params, max_norm, norm_type)  # these compute the norm and clip in one call
             self._is_finite(params, norm)
             return norm
         accelerator.unscale_gradients()
@@ -110,57 +113,65 @@ class FiniteGuard:
         return norm
 
     def _is_finite(self, params: list[nn.Parameter], norm: Any) -> bool:
-        """Whether the step may be made with the gradients as they are; else they are gone, or an error is raised."""
-        args, accelerator, step = self._trainer.args, self._trainer.accelerator, self._trainer.state.global_step + 1
-        known = [] if norm is None else [norm]
-        values = _values([*known, *self._losses])
-        losses = [value for value in values[len(known) :] if not math.isfinite(value)]
+        """Whether the gradients may be used. If not, this sets them to None or raises an error."""
+        accelerator, step = self._trainer.accelerator, self._trainer.state.global_step + 1
+        norms = [] if norm is None else [norm]
+        values = _values([*norms, *self._losses])
+        losses = [value for value in values[len(norms) :] if not math.isfinite(value)]
         self._losses = []
-        # Under fp16 a norm that is not finite is how the loss scaler finds its scale.
-        scaled = accelerator.scaler is not None or accelerator.mixed_precision == "fp16"
-        if scaled or not known:
-            what = f"the loss is {losses[0]}" if losses else ""
+        # Under fp16 the loss scaler needs infinite norms to find its scale.
+        is_scaled = accelerator.scaler is not None or accelerator.mixed_precision == "fp16"
+        if is_scaled or not norms:
+            problem = f"the loss is {losses[0]}" if losses else ""
         elif math.isfinite(values[0]):
-            what = ""
-            if losses and not self._has_warned:
-                self._has_warned = True
-                hidden = "; the Trainer's log leaves it out of the mean" if args.logging_nan_inf_filter else ""
-                logger().warning(
-                    f"step {step}: the loss is {losses[0]}, and the gradients are finite: the step is made. A batch "
-                    f"without labels gives such a loss{hidden}"
-                )
+            problem = ""
+            if losses:
+                self._warn_of_loss(losses[0], step)
         else:
-            what = f"the gradient norm is {values[0]}" + (f", this rank's loss {losses[0]}" if losses else "")
-        if not what:
+            problem = f"the gradient norm is {values[0]}" + (f", this rank's loss {losses[0]}" if losses else "")
+        if not problem:
             self._in_a_row = 0
-            return all(map(math.isfinite, values[: len(known)]))
-        found = f"step {step}: {what}. {self._culprits(params)}"
-        self._in_a_row += 1
-        if self._mode == "stop" or self._in_a_row == MOST:
-            raise RuntimeError(f"{found}{self._advice()}")
-        self.skipped += 1
-        if self._trainer.args.should_log or losses:
-            logger().warning(f"{found}The step is skipped: {self.skipped} in this run so far")
-        if not scaled:  # the loss scaler sees to it by itself
+            return all(map(math.isfinite, values[: len(norms)]))
+        self._refuse(f"step {step}: {problem}. {self._culprits(params)}", has_bad_loss=bool(losses))
+        if not is_scaled:  # a loss scaler skips the step itself
             for p in params:
                 p.grad = None
         return False
 
+    def _warn_of_loss(self, loss: float, step: int) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        hidden = "; the Trainer's log leaves it out of the mean" if self._trainer.args.logging_nan_inf_filter else ""
+        logger().warning(
+            f"step {step}: the loss is {loss}, but the gradients are finite: the step is made. A batch without labels "
+            f"gives such a loss{hidden}"
+        )
+
+    def _refuse(self, text: str, *, has_bad_loss: bool) -> None:
+        """Counts a step that is skipped; RuntimeError if the run is to stop, or has skipped too many in a row."""
+        self._in_a_row += 1
+        if self._mode == "stop" or self._in_a_row == MOST:
+            raise RuntimeError(f"{text}{self._advice()}")
+        self.skipped += 1
+        if self._trainer.args.should_log or has_bad_loss:
+            logger().warning(f"{text}The step is skipped: {self.skipped} in this run so far")
+
     def _culprits(self, params: list[nn.Parameter]) -> str:
-        """Names what is not finite: the only pass over gradients, weights and states, of a step that has failed."""
+        """Names the tensors that are not finite. Only a failed step pays for this pass over all tensors."""
         names = {p: name for name, p in self._trainer.model.named_parameters()}
         state = getattr(innermost(self._trainer.optimizer), "state", {})
-        kinds: dict[str, Callable[[nn.Parameter], Iterator[Tensor]]] = {
+        tensors: dict[str, Callable[[nn.Parameter], Iterator[Tensor]]] = {
             "gradients": lambda p: iter([] if p.grad is None else [p.grad]),
-            "weights": lambda p: iter([getattr(p, "ds_tensor", p)]),  # of ZeRO-3 it is what this rank has
+            "weights": lambda p: iter([getattr(p, "ds_tensor", p)]),  # under ZeRO-3 this rank's part of the weights
             "optimizer states": lambda p: (x for x in state.get(p, {}).values() if isinstance(x, Tensor)),
         }
-        found = {kind: [name for p, name in names.items() if any(map(_is_bad, of(p)))] for kind, of in kinds.items()}
-        text = "; ".join(f"{kind} of {_some(bad, len(names))}" for kind, bad in found.items() if bad)
+        bad = {what: [name for p, name in names.items() if any(map(_is_bad, of(p)))] for what, of in tensors.items()}
+        text = "; ".join(f"{what} of {_some(affected, len(names))}" for what, affected in bad.items() if affected)
         if text:
             return f"Not finite: {text}. "
         if any(p.grad is not None for p in params):
-            return "Every gradient on this rank is finite: another rank's part is not, or the norm overflows. "
+            return "Every gradient on this rank is finite: another rank has one that is not, or the norm overflows. "
         return "All weights on this rank are finite. "
 
     def _advice(self) -> str:
@@ -170,20 +181,20 @@ class FiniteGuard:
         except OSError:  # no such directory
             last = None
         if self._in_a_row == MOST:
-            way = f"It would be the {MOST}th step in a row to be skipped: that does not help any more"
-        elif accelerator.distributed_type == DistributedType.DEEPSPEED:  # which leaves out some such steps by itself
+            outcome = f"It would be the {MOST}th skipped step in a row: skipping does not help any more"
+        elif accelerator.distributed_type == DistributedType.DEEPSPEED:  # it skips some such steps by itself
             made = accelerator.deepspeed_engine_wrapped.engine.was_step_applied()
-            way = "DeepSpeed has made the step" if made else "DeepSpeed has left the step out"
+            outcome = "DeepSpeed has made the step" if made else "DeepSpeed has skipped the step"
         else:
-            way = "The step has not been made; cwd_not_finite='skip' leaves out such steps, 'ignore' makes them"
+            outcome = "The step has not been made; cwd_not_finite='skip' skips such steps, 'ignore' makes them"
         return (
-            f"{way}. Look at the step's batch, lower --learning_rate or warm up longer, and go on from "
+            f"{outcome}. Look at the step's batch, lower --learning_rate or warm up longer, and resume from "
             f"{last or 'the last good checkpoint'}"
         )
 
 
 def _values(numbers: list[Any]) -> list[float]:
-    """Numbers and one-element tensors as floats, by one copy from their device."""
+    """Converts numbers and one-element tensors to floats, with one copy from their device."""
     tensors = [x for x in numbers if isinstance(x, Tensor)]
     if not tensors:
         return [float(x) for x in numbers]

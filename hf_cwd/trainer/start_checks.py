@@ -1,4 +1,8 @@
-"""What is looked at once, before the first step of a run: the optimizer that is about to train, and its groups."""
+"""Checks of the optimizer and its parameter groups, once, before the first step of a run.
+
+:mod:`hf_cwd.trainer.argument_checks` looks at TrainingArguments before that,
+:mod:`hf_cwd.trainer.callbacks.optimizer_guard` and :mod:`hf_cwd.trainer.gradient_guard` look at each step.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,97 +21,90 @@ from hf_cwd.optim.validation import resized
 from hf_cwd.trainer import deepspeed
 from hf_cwd.trainer.optim_names import PREFIX, chosen, names
 from hf_cwd.trainer.optimizer_loading import follow
+from hf_cwd.trainer.wrappers import innermost, layers
 
 OTHER_MASK = (
     "of the Cautious Optimizers (arXiv 2411.16085), which mask the update. Cautious weight decay (arXiv 2510.12402) "
     "masks the decay alone"
 )
-# Group keys by which timm and lion-pytorch ask for that mask, and whether a value does.
+# Group keys by which timm and lion-pytorch turn that mask on, and which of their values do.
 MASKS_UPDATE = {"caution": bool, "cautious_factor": lambda factor: factor < 1}
 
 
-def layers(optimizer: Any) -> list[Any]:
-    """An optimizer and what it wraps, from the outside to the inside."""
-    found = [optimizer]
-    while hasattr(found[-1], "optimizer"):
-        found.append(found[-1].optimizer)
-    return found
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Accelerate and DeepSpeed."""
-    return layers(optimizer)[-1]
-
-
 def check_optimizer(args: Any, optimizer: Any) -> CWDOptimizer | None:
-    """The optimizer of this package that is about to train, None if neither ``--optim`` nor anybody asks for one.
+    """Returns the optimizer of this package that will train; None if another one trains and none of ours is asked for.
 
     Args:
         args: TrainingArguments.
         optimizer: the Trainer's, with its wrappers.
 
     Raises:
-        RuntimeError: ``--optim cwd_*`` asks for an optimizer that is not the one in there, it is wrapped such that its
-            gradients are unscaled twice, or inside an optimizer that masks updates.
-        ValueError: a group asks for the mask of another package.
+        RuntimeError: the optimizer is not the one that ``--optim cwd_*`` asks for, or its wrappers unscale gradients
+            twice, or it is inside an optimizer that masks updates.
+        ValueError: a group turns on the mask of another package.
     """
-    name, around = chosen(args), layers(optimizer)
-    found = around.pop()
+    name, wrappers = chosen(args), layers(optimizer)
+    inner = wrappers.pop()
     if name in names():
-        _check_name(name, found)
-    if not isinstance(found, CWDOptimizer):
+        _check_name(name, inner)
+    if not isinstance(inner, CWDOptimizer):
         return None
-    if masks := next(_update_masks(found), None):
+    if masks := next(_update_masks(inner), None):
         raise ValueError(
-            f"a parameter group of {type(found).__name__} has {masks}, which has no effect here. In timm and "
+            f"a parameter group of {type(inner).__name__} has {masks}, which has no effect here. In timm and "
             f"lion-pytorch it is {OTHER_MASK}: take the key out of the group"
         )
-    for layer in reversed(around):  # those further out pass its groups on
-        if masks := next(_update_masks(layer), None):
+    for wrapper in reversed(wrappers):  # the nearest first: the outer ones have the same groups
+        if masks := next(_update_masks(wrapper), None):
             raise RuntimeError(
-                f"{type(found).__name__} is inside {type(layer).__name__}, whose {masks} is {OTHER_MASK}: train with "
+                f"{type(inner).__name__} is inside {type(wrapper).__name__}, whose {masks} is {OTHER_MASK}: train with "
                 "one of the two"
             )
-    wrappers = [layer for layer in around if isinstance(layer, AcceleratedOptimizer)]
-    if len(wrappers) > 1:
-        twice = (
-            f"{type(found).__name__} is wrapped {len(wrappers)} times by Accelerate. The Trainer prepares its "
-            "optimizer itself: give it one that accelerator.prepare_optimizer() has not been called on"
-        )
-        if any(wrapper.scaler is not None for wrapper in wrappers):
-            raise RuntimeError(f"{twice}. With a loss scaler, as here, gradients would be unscaled twice")
-        if args.should_log:
-            warn_once(f"{twice}. Without a loss scaler, as here, it does no harm")
-    return found
+    _check_accelerated(args, inner, [wrapper for wrapper in wrappers if isinstance(wrapper, AcceleratedOptimizer)])
+    return inner
 
 
-def _check_name(name: str, found: Any) -> None:
+def _check_accelerated(args: Any, inner: CWDOptimizer, wrappers: list[AcceleratedOptimizer]) -> None:
+    if len(wrappers) < 2:
+        return
+    twice = (
+        f"{type(inner).__name__} is wrapped {len(wrappers)} times by Accelerate. The Trainer prepares its optimizer "
+        "itself: give it one that accelerator.prepare_optimizer() has not been called on"
+    )
+    if any(wrapper.scaler is not None for wrapper in wrappers):
+        raise RuntimeError(f"{twice}. With a loss scaler, as here, gradients would be unscaled twice")
+    if args.should_log:
+        warn_once(f"{twice}. Without a loss scaler, as here, it does no harm")
+
+
+def _check_name(name: str, optimizer: Any) -> None:
     algorithm = name.removeprefix(PREFIX)
-    if isinstance(found, CWDOptimizer):
-        if found.defaults["algorithm"] == algorithm:
+    if isinstance(optimizer, CWDOptimizer):
+        if optimizer.defaults["algorithm"] == algorithm:
             return
         raise RuntimeError(
-            f"--optim {name} was asked for, and {type(found).__name__} with rule {found.defaults['algorithm']!r} is "
-            "about to train. It was given to the Trainer as optimizers=, or made before --optim was changed: leave "
-            "one of them out, or set trainer.optimizer to None to have it made again"
+            f"--optim {name} was asked for, and {type(optimizer).__name__} with rule "
+            f"{optimizer.defaults['algorithm']!r} is about to train. It was given to the Trainer as optimizers=, or "
+            "made before --optim was changed: leave one of them out, or set trainer.optimizer to None to have it made "
+            "again"
         )
-    masks = next(_update_masks(found), None)
+    masks = next(_update_masks(optimizer), None)
     raise RuntimeError(
-        f"--optim {name} was asked for, and {type(found).__name__} is about to train. Either it was given to the "
-        "Trainer as optimizers=, beside which --optim has no effect: leave one of them out. Or a library has put it in "
-        "the optimizer's place, as Accelerate does under DeepSpeed's CPU offload unless its configuration says "
+        f"--optim {name} was asked for, and {type(optimizer).__name__} is about to train. Either it was given to the "
+        "Trainer as optimizers=, which overrides --optim: leave one of them out. Or a library has replaced the "
+        "optimizer, as Accelerate does under DeepSpeed's CPU offload unless its configuration says "
         '"zero_force_ds_cpu_optimizer": false' + (f". Its {masks} is {OTHER_MASK}" if masks else "")
     )
 
 
 def _update_masks(optimizer: Any) -> Iterator[str]:
-    """The groups' values that ask for a mask of the update, as ``key=value``."""
+    """The values in its groups that turn on a mask of the update, as ``key=value``."""
     for group in getattr(optimizer, "param_groups", ()):
         yield from (f"{key}={group[key]!r}" for key, asks in MASKS_UPDATE.items() if key in group and asks(group[key]))
 
 
 def warn_of_zeros(args: Any, optimizer: CWDOptimizer) -> None:
-    """Warns where no parameter would be decayed, or none would move."""
+    """Warns if no parameter will be decayed, or none will change."""
     name = type(optimizer).__name__
     if not args.should_log:
         return
@@ -120,91 +117,90 @@ def warn_of_zeros(args: Any, optimizer: CWDOptimizer) -> None:
             )
         else:
             warn_once(
-                f"weight_decay is 0 in every parameter group of {name}, which then decays nothing. Look at optimizers= "
-                "or at the Trainer's get_decay_parameter_names and create_optimizer, whichever made the groups"
+                f"weight_decay is 0 in every parameter group of {name}, which then decays nothing. Look at what made "
+                "the groups: optimizers=, or the Trainer's get_decay_parameter_names and create_optimizer"
             )
-    # A warm-up begins with lr 0; initial_lr is what a schedule multiplies.
+    # During a warm-up lr may be 0. initial_lr is the value that the schedule multiplies.
     if all("initial_lr" in group and float(group["initial_lr"]) == 0 for group in groups):
         warn_once(f"the learning rate is 0 in every parameter group of {name}, which then changes no parameter")
 
 
 def check_parameters(args: Any, optimizer: CWDOptimizer, model: nn.Module) -> None:
-    """Warns of parameters that would have gradients for nothing. DeepSpeed's flat tensors are not looked at.
+    """Warns of parameters that get gradients but are in no group. DeepSpeed's flat tensors are not checked.
 
     Raises:
-        RuntimeError: no parameter of the optimizer is one of the model's that can be trained, or one has another size
-            than its states.
+        RuntimeError: the optimizer has no trainable parameter of the model, or a parameter and its states differ in
+            size.
     """
     name = type(optimizer).__name__
     if deepspeed.is_used(args):
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = {n: p for n, p in model.named_parameters() if id(p) in held}
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    own = {n: p for n, p in model.named_parameters() if id(p) in group_of}
     if not own:
         raise RuntimeError(
-            f"none of the {len(held)} parameters of {name} is one of {type(model).__name__}'s, which would stay as it "
-            "is. The optimizer was made for another model, or before this one was made again, or everything was "
-            "frozen: make it for the model that trains, or set trainer.optimizer to None to have it made again"
+            f"none of the {len(group_of)} parameters of {name} is a parameter of {type(model).__name__}, so training "
+            "would not change the model. The optimizer was made for another model, or before this one was made again, "
+            "or everything was frozen: make it for the model that trains, or set trainer.optimizer to None to have it "
+            "made again"
         )
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for n, p in own.items():
-        if found := resized(p, held_states(optimizer.state, p, group_of[id(p)])):
-            raise RuntimeError(f"{n} {found}")
+        if problem := resized(p, held_states(optimizer.state, p, group_of[id(p)])):
+            raise RuntimeError(f"{n} {problem}")
     if not any(p.requires_grad for p in own.values()):
         raise RuntimeError(
             f"all of the {len(own)} parameters of {type(model).__name__} that {name} has are frozen: call "
             "requires_grad_(True) on those that are to be trained"
         )
-    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in group_of]
     if left and args.should_log:
         warn_once(
-            f"{name} has no group with {listed(left)}, which {type(model).__name__} computes gradients for: they stay "
-            "as they are. Freeze them, or make the optimizer after they were unfrozen, or after the embeddings were "
-            "resized"
+            f"{listed(left)} of {type(model).__name__} get gradients, but are in no group of {name}, which will not "
+            "train them. Freeze them, or make the optimizer after they were unfrozen or the embeddings were resized"
         )
 
 
-def mark_replicated(optimizer: Any, found: CWDOptimizer, model: nn.Module) -> None:
-    """Tells the optimizer which parameters are replicas: those of the model that Accelerate wraps in DDP.
+def mark_replicated(optimizer: Any, inner: CWDOptimizer, model: nn.Module) -> None:
+    """Tells the optimizer which parameters are replicated: those of the model, if Accelerate wraps it in DDP.
 
     Args:
         optimizer: the Trainer's, with its wrappers.
-        found: the one inside.
-        model: that trains, without its wrappers.
+        inner: the optimizer without them.
+        model: the model that trains, without its wrappers.
     """
     state = next((layer.accelerator_state for layer in layers(optimizer) if hasattr(layer, "accelerator_state")), None)
     is_ddp = state is not None and str(state.distributed_type.value).startswith("MULTI_")
-    # Under tensor parallelism Accelerate has the same type, and wraps nothing.
+    # Under tensor parallelism the type is the same, but Accelerate does not wrap the model.
     if not is_ddp or any(map(is_dtensor, model.parameters())):
-        found.mark_replicated(())
+        inner.mark_replicated(())
         return
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    found.mark_replicated(p for name, p in model.named_parameters() if name not in ignored)
+    inner.mark_replicated(p for name, p in model.named_parameters() if name not in ignored)
 
 
 def check_schedule(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any) -> None:
-    """Raises RuntimeError where the learning rate's schedule moves another optimizer's groups."""
+    """Raises RuntimeError if the learning rate schedule belongs to another optimizer."""
     if deepspeed.is_used(args) or not hasattr(lr_scheduler, "optimizer"):
         return
-    found = innermost(lr_scheduler.optimizer)
-    if found is not optimizer:
+    scheduled = innermost(lr_scheduler.optimizer)
+    if scheduled is not optimizer:
         raise RuntimeError(
             f"the learning rate schedule ({type(lr_scheduler).__name__}) was made for another optimizer "
-            f"({type(found).__name__}) than the {type(optimizer).__name__} that is about to train, whose learning rate "
-            "it would leave as it is: make it for this one, or leave it out of optimizers="
+            f"({type(scheduled).__name__}) and would not change the learning rate of the {type(optimizer).__name__} "
+            "that is about to train: make it for this one, or leave it out of optimizers="
         )
 
 
 def check_resumed(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any, step: int) -> None:
-    """Looks at what a resumed run got back, and says it.
+    """Checks that a resumed run got its optimizer state back, and logs how much.
 
     Raises:
-        RuntimeError: the optimizer has no state: the Trainer goes on without a word where a checkpoint holds none.
-        ValueError: the state was left behind on demand, and the schedule cannot follow.
+        RuntimeError: the optimizer has no state; the Trainer resumes silently if a checkpoint holds none.
+        ValueError: a new state was asked for, but the schedule cannot be set to this step.
     """
     held = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     states = [state for _, p in held if (state := optimizer.state.get(p))]
-    # A rank may hold nothing of a small model, and SGD without momentum remembers nothing.
+    # A rank may hold no parameter of a small model, and SGD without momentum has no state.
     kept = [p for group, p in held if optimizer.overruled is None or keys(group, p.dtype)]
     is_empty = bool(kept) and not states
     if optimizer.reset_because is not None or (is_empty and optimizer.on_rule_change == "reset"):
@@ -217,8 +213,8 @@ def check_resumed(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any, step: i
     if is_empty:
         raise RuntimeError(
             f"the run is resumed at step {step}, and {type(optimizer).__name__} got no state back: the checkpoint "
-            "holds none (optimizer.pt and scheduler.pt are needed both; save_only_model=True saves neither). Resume "
-            f"from another one, or begin with new states by --optim_args {RESET}"
+            "holds none (it needs both optimizer.pt and scheduler.pt; save_only_model=True saves neither). Resume from "
+            f"another one, or begin with new states by --optim_args {RESET}"
         )
     if args.should_log:
         tensors = sum(len(state) for state in states)
@@ -229,7 +225,7 @@ def check_resumed(args: Any, optimizer: CWDOptimizer, lr_scheduler: Any, step: i
 
 
 def warn_of_resumed(optimizer: CWDOptimizer) -> None:
-    """Says which settings have no effect in a resumed run: a checkpoint's hyper-parameters win, as in all of torch."""
+    """Warns of flags without effect in a resumed run: the checkpoint's hyper-parameters override them, as in torch."""
     own = optimizer.defaults["algorithm"]
     told = [
         f"{'' if rule == own else f'{rule}_'}{key}={loaded}, not {given}"
@@ -237,6 +233,6 @@ def warn_of_resumed(optimizer: CWDOptimizer) -> None:
     ]
     if told:
         warn_once(
-            f"the resumed {PREFIX}{own} keeps the hyper-parameters of its checkpoint, whatever the flags say now: "
+            f"the resumed {PREFIX}{own} keeps the hyper-parameters of its checkpoint, which override the flags: "
             f"{'; '.join(dict.fromkeys(told))}. To change them, start another run from the checkpoint's weights"
         )

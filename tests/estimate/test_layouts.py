@@ -19,7 +19,7 @@ from hf_cwd.distributed.geometry import Mesh, everywhere
 from hf_cwd.distributed.plan import flops_per_byte, plan
 from hf_cwd.estimate.costs import entries, local_sizes
 from hf_cwd.estimate.layouts import Parallelism, Zero, parallelism, shardings
-from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.trainer.optim_args import optimizer_arguments
 from scripts import cpu_ranks
 from tests.routing.architectures import MODELS
 from tests.support.launching import ROOT, free_port, launch

@@ -22,7 +22,7 @@ from hf_cwd.estimate import costs, zero
 from hf_cwd.estimate.bill import Bill, bill
 from hf_cwd.estimate.layouts import parallelism
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.trainer.optim_args import optimizer_arguments
 from tests.estimate.zero_tables import CASES, MODELS, SMALL, WORLD, Case
 
 
