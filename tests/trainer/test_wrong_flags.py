@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_cwd import CWDTrainingArguments
 from hf_cwd.cli import main
-from hf_cwd.estimate.layouts import RANKS, parallelism
+from hf_cwd.estimate.parallelism import RANKS, parse_layout
 from tests.support.tiny import TINY
 
 NUMBER = "is a finite number >= 0"
@@ -238,7 +238,7 @@ def test_flags_in_files(options, message, tmp_path):
 
 @pytest.mark.parametrize(("text", "world", "message"), LAYOUTS)
 def test_layouts(text, world, message):
-    refused(lambda: parallelism(text, world), message)
+    refused(lambda: parse_layout(text, world), message)
 
 
 @pytest.mark.parametrize(
