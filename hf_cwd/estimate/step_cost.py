@@ -1,12 +1,12 @@
 """What an optimizer step costs each rank of a parallel run, from the plans that training executes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hf_cwd.distributed.plan import EXCHANGE, Plan, flops_per_byte, plan
+from hf_cwd.distributed.plan import EXCHANGE, Entry, Plan, flops_per_byte, plan
 from hf_cwd.estimate import costs, zero_costs
 from hf_cwd.estimate.costs import RankCost
 from hf_cwd.estimate.parallelism import Parallelism, Zero, shardings
@@ -49,22 +49,13 @@ def step_cost(
     Raises:
         ValueError: the parallelism does not fit the model, or an argument of the optimizer.
     """
-    exchange = {name: arguments.get(name, declared.default) for name, declared in EXCHANGE.items()}
-    exchange["balance"] = flops_per_byte(device)
     if isinstance(parallelism, Zero):
         return _zero_step_cost(
-            model,
-            routing,
-            parallelism,
-            arguments=arguments,
-            exchange=exchange,
-            states=states,
-            dtype=dtype,
-            device=device,
+            model, routing, parallelism, arguments=arguments, states=states, dtype=dtype, device=device
         )
     memory = costs.memory(model, shardings(model, parallelism), states=states, dtype=dtype)
     entries = costs.entries(model, routing, parallelism, arguments=arguments, dtype=dtype, device=device)
-    plans = [plan(entries, **exchange)] if entries else []
+    plans = [_plan(entries, arguments, device)] if entries else []
     return StepCost(costs.costs(memory, plans, [costs.buffers(each) for each in plans]), plans, [])
 
 
@@ -74,7 +65,6 @@ def _zero_step_cost(
     parallelism: Zero,
     *,
     arguments: Mapping[str, Any],
-    exchange: Mapping[str, Any],
     states: Mapping[str, int],
     dtype: torch.dtype,
     device: str,
@@ -89,8 +79,18 @@ def _zero_step_cost(
     plans, peaks = [], []
     for flat in flats:
         if flat.group.rule.matrix is not None:
-            plans.append(plan(zero_costs.entries(flat, arguments=arguments, device=device), **exchange))
+            entries = zero_costs.entries(flat, arguments=arguments, device=device)
+            plans.append(_plan(entries, arguments, device))
             is_offloaded = parallelism.offload and device != "cpu"  # directions are where the flat tensors are
             peaks.append(costs.buffers(plans[-1], [0 if is_offloaded else flat.numel]))
     remarks = zero_costs.remarks(model, flats, parallelism, dtype=dtype, device=device)
     return StepCost(costs.costs(memory, plans, peaks), plans, remarks)
+
+
+def _plan(entries: Sequence[Entry], arguments: Mapping[str, Any], device: str) -> Plan:
+    return plan(
+        entries,
+        share=arguments.get("share", EXCHANGE["share"].default),
+        exchange_bytes=arguments.get("exchange_bytes", EXCHANGE["exchange_bytes"].default),
+        balance=flops_per_byte(device),
+    )

@@ -115,7 +115,7 @@ def test_a_flag_before_the_script_becomes_its_first_argument(tmp_path):
     [
         (
             ["missing.py", "--optim", "cwd_adamw"],
-            "there is no script 'missing.py' in {cwd}, and no command of that name",
+            "there is no script 'missing.py' in {cwd}, and no such command",
         ),
         (["-m"], "-m needs the name of a module"),
         (["-c"], "-c needs the code"),
