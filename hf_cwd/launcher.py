@@ -146,7 +146,8 @@ def _run(name: str, source: str | bytes | None = None, attributes: dict[str, Any
     """Runs `source`, the contents of the file `name`, or without `source` the module `name`.
 
     Args:
-        attributes: of the module ``__main__``.
+        attributes: attributes of the module ``__main__``, for `source`.
+    """
     # The module object must stay the same: dill, for example, keeps a reference to it from its import.
     namespace = sys.modules["__main__"].__dict__
     fresh = {"__name__": "__main__", "__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
