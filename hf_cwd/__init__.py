@@ -1,6 +1,7 @@
 """Cautious Weight Decay (arXiv 2510.12402) for the Hugging Face Trainer.
 
-Importing it makes ``cwd_*`` values of ``--optim``, before or after transformers is, and imports neither that nor torch.
+Importing it adds the ``cwd_*`` values of ``--optim``, before or after transformers is imported. It imports neither
+transformers nor torch.
 """
 
 import atexit
@@ -19,19 +20,41 @@ if TYPE_CHECKING:
     from hf_cwd.trainer.trainer import CWDTrainer, CWDTrainerMixin
 
 __version__ = "0.1.0"
-__all__ = ["CWDSGD", "CWDAdamW", "CWDArgumentsMixin", "CWDLion", "CWDMuon", "CWDOptimizer", "CWDTrainer",
-           "CWDTrainerMixin", "CWDTrainingArguments", "StepStatistics", "cautious_mask", "route"]  # fmt: skip
-_HOMES = {"CWDOptimizer": "optim.optimizer", "StepStatistics": "optim.statistics", "cautious_mask": "decay",
-          "CWDTrainer": "trainer.trainer", "CWDTrainerMixin": "trainer.trainer", "route": "routing.route",
-          "CWDArgumentsMixin": "trainer.arguments", "CWDTrainingArguments": "trainer.arguments"}  # fmt: skip
+__all__ = [
+    "CWDSGD",
+    "CWDAdamW",
+    "CWDArgumentsMixin",
+    "CWDLion",
+    "CWDMuon",
+    "CWDOptimizer",
+    "CWDTrainer",
+    "CWDTrainerMixin",
+    "CWDTrainingArguments",
+    "StepStatistics",
+    "cautious_mask",
+    "route",
+]
+_MODULES = {
+    "CWDAdamW": "optim.named",
+    "CWDLion": "optim.named",
+    "CWDMuon": "optim.named",
+    "CWDSGD": "optim.named",
+    "CWDOptimizer": "optim.optimizer",
+    "StepStatistics": "optim.statistics",
+    "cautious_mask": "decay",
+    "route": "routing.route",
+    "CWDArgumentsMixin": "trainer.arguments",
+    "CWDTrainingArguments": "trainer.arguments",
+    "CWDTrainer": "trainer.trainer",
+    "CWDTrainerMixin": "trainer.trainer",
+}
 
 if not TYPE_CHECKING:  # a type checker would take any name at all for one that this function knows
 
     def __getattr__(name: str) -> object:
-        if name not in __all__:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = _HOMES.get(name, "optim.named")
-        return globals().setdefault(name, getattr(importlib.import_module(f"hf_cwd.{home}"), name))
+        return globals().setdefault(name, getattr(importlib.import_module(f"hf_cwd.{_MODULES[name]}"), name))
 
 
 def __dir__() -> list[str]:

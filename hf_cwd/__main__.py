@@ -1,4 +1,4 @@
-"""``python -m hf_cwd script.py ...`` runs an unmodified Trainer script with the optimizer names known."""
+"""``python -m hf_cwd script.py ...`` runs an unmodified Trainer script with ``--optim cwd_*`` available."""
 
 import sys
 

@@ -2,8 +2,8 @@
 
     x <- x - lr * (scale * u + weight_decay * 1[u * x >= 0] * x)
 
-Rules compute the direction ``u``; kernels call :func:`step_` on the blocks of memory they walk over. Nothing else in
-the package decides what is decayed.
+Rules compute the direction ``u``. Kernels call :func:`step_` on blocks of memory. Nothing else in the package decides
+what is decayed.
 """
 
 import torch
@@ -13,18 +13,18 @@ MASKS = ("ge", "gt")
 
 
 def cautious_mask(direction: Tensor, param: Tensor, *, mask: str = "ge") -> Tensor:
-    """Where the decay would push a parameter the same way as the update: ``1[u * x >= 0]``.
+    """The mask of elements where decay and update push the parameter the same way: ``1[u * x >= 0]``.
 
-    Signs are multiplied, never the values: their product underflows to 0 in low precision and would then read as
+    It multiplies signs, not values: the product of values can underflow to 0 in low precision, and would then count as
     agreement. ``-0.0`` and NaN count as zero.
 
     Args:
-        direction: the update direction u that is about to be applied (``x <- x - lr * u``), any shape.
+        direction: the update direction u that will be applied (``x <- x - lr * u``), any shape.
         param: the parameter x before the step, same shape and dtype.
         mask: ``"ge"`` counts ``u = 0`` and ``x = 0`` as agreement (the paper's definition), ``"gt"`` does not.
 
     Returns:
-        A new tensor of the same shape and dtype: 1 where the element is to be decayed, 0 elsewhere.
+        A new tensor of the same shape and dtype: 1 for elements that are decayed, 0 for all others.
 
     Example:
         >>> import torch
@@ -37,17 +37,17 @@ def cautious_mask(direction: Tensor, param: Tensor, *, mask: str = "ge") -> Tens
     """
     agreement = direction.sign().mul_(param.sign())
     if mask == "ge":
-        return agreement.ge_(0)  # in place: a comparison into bool costs ten times as much on a CPU
+        return agreement.ge_(0)  # in place; a comparison that returns bool takes ten times as long on a CPU
     if mask == "gt":
         return agreement.gt_(0)
     raise ValueError(f"mask={mask!r} is unknown: use 'ge' (the paper's u*x >= 0) or 'gt' (u*x > 0)")
 
 
 def decay_rate(lr: float, weight_decay: float) -> float:
-    """The coefficient of x where it is decayed, ``-lr * weight_decay``.
+    """The coefficient of a decayed x, ``-lr * weight_decay``.
 
-    A warm-up begins with lr = 0: the coefficient is then a number too small to change any x, so that -0 tells an
-    element that is left alone from one that is decayed, and counted, at every learning rate.
+    It is never 0, also not for lr = 0 at the start of a warm-up: it is then too small to change any x. Kernels use -0
+    for elements that are not decayed, and count the others, at every learning rate.
     """
     return -max(lr * weight_decay, torch.finfo(torch.float32).tiny)
 
@@ -65,21 +65,21 @@ def step_(
 ) -> None:
     """One step in place: ``x <- x - lr * (scale * u + weight_decay * 1[u * x >= 0] * x)``.
 
-    The mask and the decay see the parameter before the step. The decay uses the base learning rate; ``scale`` (Muon's
-    shape factor, positive, so that it cannot change the mask) multiplies the direction only. The decay is subtracted:
-    the factor ``1 - lr * weight_decay`` that torch.optim.AdamW multiplies by is rounded first, which at lr = 1e-5 and
-    weight_decay = 0.1 changes an fp32 decay by up to 3 %. A parameter that is not finite stays not finite.
+    Mask and decay use the parameter before the step. The decay uses the base learning rate; ``scale`` (Muon's shape
+    factor) multiplies the direction only, and is positive, so that it cannot change the mask. The decay is subtracted.
+    torch.optim.AdamW multiplies by ``1 - lr * weight_decay``, which is rounded first; at lr = 1e-5 and
+    weight_decay = 0.1 this changes an fp32 decay by up to 3 %. A parameter that is not finite stays not finite.
 
     Args:
         param: x, mutated; fp32 or fp64 (kernels widen lower precisions).
         direction: u, same shape and dtype, not mutated.
         lr: learning rate, >= 0.
-        weight_decay: decoupled decay coefficient, >= 0; the mask is not even computed at 0.
+        weight_decay: decoupled decay coefficient, >= 0. At 0 no mask is computed.
         scale: positive factor on the direction.
-        cautious: False decays every element (plain decoupled decay), by the same code.
+        cautious: False decays every element (plain decoupled decay).
         mask: see :func:`cautious_mask`.
-        sums: four numbers of :func:`sum_dtype`, on the parameter's device, to which :func:`observed` is added, when
-            given.
+        sums: if given, four numbers of :func:`sum_dtype` on the parameter's device, to which the result of
+            :func:`observed` is added.
     """
     decays = weight_decay != 0
     mask_ = cautious_mask(direction, param, mask=mask) if decays and cautious else None
@@ -95,16 +95,17 @@ def step_(
 
 
 def observed(param: Tensor, direction: Tensor, *, decays: bool, decayed: Tensor | None) -> Tensor:
-    """What a step sums up of the elements it sees: the number decayed, and of x and u before the step.
+    """The sums over elements from which the statistics of a step are computed.
 
     Args:
-        param: x.
+        param: x before the step.
         direction: u, without its scale.
-        decays: whether there is a weight decay.
-        decayed: the mask of :func:`cautious_mask`; None where all elements are decayed.
+        decays: whether the weight decay is not 0.
+        decayed: the mask of :func:`cautious_mask`; None if all elements are decayed.
 
     Returns:
-        Four numbers of :func:`sum_dtype`: decayed elements, the sum of u^2, of x^2, and of the decayed x^2.
+        Four numbers of :func:`sum_dtype`: the number of decayed elements, and the sums of u^2, of x^2, and of x^2 over
+        the decayed elements.
     """
     squares, dtype = param.square(), sum_dtype(param.device)
     weight = squares.sum(dtype=dtype)
@@ -119,5 +120,5 @@ def observed(param: Tensor, direction: Tensor, *, decays: bool, decayed: Tensor 
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What sums are added up in: float64 where all devices of the kind have it; Apple's and some of Intel's do not."""
+    """The dtype of sums: float64 for device types that always support it; Apple's and some of Intel's do not."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32

@@ -1,9 +1,9 @@
-"""Lets a run of several ranks end with the exit status that it has earned.
+"""Prevents gloo from aborting a process when Python exits after a successful run.
 
-A thread of gloo's that executed a collective is often the last to hold its tensors, and needs Python to let go of them.
-If it gets to that only after Python has begun to finalise, Python ends the thread, and C++ then aborts the process:
-"terminate called without an active exception", after correct results. To destroy the process group does not prevent
-that: whatever else holds it (a DistributedDataParallel, a variable) keeps its threads alive.
+A gloo thread that executed a collective often holds the last reference to its tensors, and needs the GIL to release it.
+If Python is finalising by then, it ends the thread, and C++ aborts the process with "terminate called without an active
+exception", although the results were correct. Destroying the process group is not enough: other references to it (a
+DistributedDataParallel, a variable) keep its threads alive.
 """
 
 import os
@@ -11,16 +11,16 @@ import sys
 import time
 
 TASKS = "/proc/self/task"
-PATIENCE = 60.0  # seconds, after which a thread that never rests is left to itself
-PAUSE = 0.02  # seconds; a thread that waits for Python wakes up every 0.005, and so is not taken for one that rests
+PATIENCE = 60.0  # seconds to wait for a thread that stays busy
+PAUSE = 0.02  # seconds; a thread that waits for the GIL wakes up every 0.005 s, so that it does not look idle
 
 
 def settle() -> None:
-    """Waits until gloo's threads rest, then destroys the process group, if nobody has; called when Python exits.
+    """Waits until gloo's threads are idle, then destroys the process group if it still exists; called at exit.
 
-    A process group with another backend beside gloo stays: NCCL's, when it is destroyed, may wait for ranks that have
-    died. A collective that was begun and that another rank does not join holds the process up until its time-out, as it
-    would a moment later, when Python frees the process group.
+    It does not destroy a process group that has another backend as well, because NCCL may wait for dead ranks. If
+    another rank does not join a collective, the process waits until the time-out of the collective. It would also do so
+    when Python frees the process group.
     """
     if "torch.distributed" not in sys.modules or not _gloo_rests():
         return
@@ -31,7 +31,7 @@ def settle() -> None:
 
 
 def _gloo_rests() -> bool:
-    """Waits until each of gloo's threads sleeps, and slept all through a pause. False if there are none, or in vain."""
+    """Waits until every gloo thread has slept through a pause. False without gloo threads, or after ``PATIENCE``."""
     end = time.monotonic() + PATIENCE
     before = None
     while time.monotonic() < end:
@@ -44,13 +44,13 @@ def _gloo_rests() -> bool:
 
 
 def _gloo_threads() -> dict[str, list[str]]:
-    """State and numbers of context switches of each; nothing on a system without /proc."""
+    """The state and the numbers of context switches of each gloo thread; empty on a system without /proc."""
     threads = {}
     for task in os.listdir(TASKS) if os.path.isdir(TASKS) else ():
         try:
             with open(f"{TASKS}/{task}/status") as file:
                 fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-        except OSError:  # it has ended
+        except OSError:  # the thread has ended
             continue
         if fields["Name"] == "pt_gloo_runloop":
             threads[task] = [fields[key] for key in ("State", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")]

@@ -1,7 +1,7 @@
-"""Runs a script, a module or code with the optimizer names known, as the interpreter itself would run it.
+"""Runs a script, a module or code as the interpreter would, with ``--optim cwd_*`` available.
 
-The processes that it starts know them as well: by the directory ``inherited`` on PYTHONPATH, where Python finds a
-sitecustomize.
+It is available in child processes too: PYTHONPATH gets the directory ``inherited``, whose sitecustomize Python imports
+at start.
 """
 
 import os
@@ -23,16 +23,16 @@ USAGE = """usage: {program} [--name=value ...] SCRIPT.py [arguments of the scrip
        {program} COMMAND [arguments of the command]
        {program} --help | --version
 
-Runs a training script, unmodified, with --optim cwd_adamw, cwd_lion, cwd_muon and cwd_sgd available, also in the
-processes that it starts. A directory or a zip file with a __main__.py is a script too. COMMAND is one of the PATH that
-starts Python, such as trl, accelerate or torchrun. --name=value before the script becomes its first argument: it is
-there that the launcher of DeepSpeed puts --local_rank=N."""
+Runs an unmodified training script with --optim cwd_adamw, cwd_lion, cwd_muon and cwd_sgd available, also in the
+processes that it starts. A directory or a zip file with a __main__.py is a script too. COMMAND is a command on the PATH
+that starts Python, such as trl, accelerate or torchrun. --name=value before the script becomes its first argument;
+DeepSpeed's launcher puts --local_rank=N there."""
 
 
 def main(arguments: Sequence[str], program: str = "python -m hf_cwd") -> None:
-    """Runs what `arguments` name, in the module ``__main__``; returns when, and only if, it ends without an error.
+    """Runs the script, module, code or command that `arguments` name, in the module ``__main__``.
 
-    A command takes the place of this process.
+    Returns only if it ends without an error. A command replaces this process.
     """
     usage = USAGE.format(program=program)
 
@@ -68,11 +68,11 @@ def main(arguments: Sequence[str], program: str = "python -m hf_cwd") -> None:
 
 
 class _UsageError(Exception):
-    """Nothing has been run yet."""
+    """The arguments are wrong; nothing has run yet."""
 
 
 def _hand_down() -> None:
-    """Has the processes that inherit this environment import hf_cwd when they start."""
+    """Makes child processes import hf_cwd when they start, by environment variables."""
     directory = os.path.join(os.path.dirname(os.path.abspath(__file__)), "inherited")
     given = os.environ.get("PYTHONPATH")
     others = [entry for entry in given.split(os.pathsep) if entry != directory] if given else []
@@ -84,7 +84,7 @@ def _run_module(flags: list[str], rest: list[str]) -> None:
     if not rest:
         raise _UsageError("-m needs the name of a module")
     name, *rest = rest
-    sys.argv = ["-m", *flags, *rest]  # what the interpreter shows until it has found the module
+    sys.argv = ["-m", *flags, *rest]  # as the interpreter has it until it finds the module
     _set_first_path(os.getcwd())
     _run(name)
 
@@ -109,10 +109,10 @@ WAYS = {"-m": _run_module, "-c": _run_code, "-": _run_input}
 
 def _run_path(script: str, argv: list[str]) -> None:
     sys.argv = argv
-    path = os.path.join(os.getcwd(), script)  # not normalised: the interpreter does not either
+    path = os.path.join(os.getcwd(), script)  # not normalised, as in the interpreter
     if pkgutil.get_importer(path) is not None:  # a directory or a zip file
         if sys.flags.safe_path:
-            sys.path.insert(0, path)  # PYTHONSAFEPATH leaves out the directory of a script: this is the script
+            sys.path.insert(0, path)  # PYTHONSAFEPATH excludes a script's directory, but here the path is the script
         else:
             sys.path[0] = path
         _run("__main__")
@@ -129,7 +129,7 @@ def _run_path(script: str, argv: list[str]) -> None:
 def _run_command(name: str, argv: list[str]) -> NoReturn:
     command = shutil.which(name)
     if command is None:
-        raise _UsageError(f"there is no script {name!r} in {os.getcwd()}, and no command of that name")
+        raise _UsageError(f"there is no script {name!r} in {os.getcwd()}, and no such command")
     try:
         os.execv(command, argv)
     except OSError as error:
@@ -137,14 +137,18 @@ def _run_command(name: str, argv: list[str]) -> NoReturn:
 
 
 def _set_first_path(directory: str) -> None:
-    """`python -m` had put the working directory there, the command hf-cwd its own."""
+    """Replaces the first path, which is the working directory under `python -m`, and hf-cwd's directory otherwise."""
     if not sys.flags.safe_path:
         sys.path[0] = directory
 
 
 def _run(name: str, source: str | bytes | None = None, attributes: dict[str, Any] | None = None) -> None:
-    """Runs the source of the file `name` as a module with these attributes or, without a source, the module `name`."""
-    # The module object stays: dill and others keep the one that they found when they were imported.
+    """Runs `source`, the contents of the file `name`, or without `source` the module `name`.
+
+    Args:
+        attributes: attributes of the module ``__main__``, for `source`.
+    """
+    # The module object must stay the same: dill, for example, keeps a reference to it from its import.
     namespace = sys.modules["__main__"].__dict__
     fresh = {"__name__": "__main__", "__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
     fresh |= {"__annotations__": {}, "__builtins__": namespace["__builtins__"]}
@@ -171,12 +175,12 @@ def _without_launcher(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def _hide_launcher(traceback: TracebackType | None) -> None:
-    """Lets the interpreter show the error, and choose the exit status, as if only `traceback` had led to it."""
+    """Makes the interpreter print the error with only `traceback`; the interpreter chooses the exit status."""
     hook = sys.excepthook
 
-    def show(kind: type[BaseException], value: BaseException, _: TracebackType | None) -> None:
+    def show(error_type: type[BaseException], value: BaseException, _: TracebackType | None) -> None:
         sys.excepthook = hook
         sys.last_traceback = traceback
-        hook(kind, value.with_traceback(traceback), traceback)
+        hook(error_type, value.with_traceback(traceback), traceback)
 
     sys.excepthook = show

@@ -6,17 +6,18 @@ import sys
 
 
 def logger() -> logging.Logger:
-    """It speaks on standard error when the program set no logging up."""
-    found = logging.getLogger("hf_cwd")
-    if found.level == logging.NOTSET:
-        found.setLevel(logging.INFO)
-    if not found.hasHandlers():
+    """The logger ``hf_cwd``. It writes to standard error if the program has not configured logging."""
+    result = logging.getLogger("hf_cwd")
+    if result.level == logging.NOTSET:
+        result.setLevel(logging.INFO)
+    if not result.hasHandlers():
         stream = logging.StreamHandler(sys.stderr)
         stream.setFormatter(logging.Formatter("[hf_cwd] %(message)s"))
-        found.addHandler(stream)
-    return found
+        result.addHandler(stream)
+    return result
 
 
 @functools.cache
 def warn_once(message: str) -> None:
+    """Logs a warning the first time it is called with this message."""
     logger().warning(message)

@@ -1,8 +1,8 @@
-"""Tells hf_cwd of each module of transformers and TRL that it adds to, right after that module has been executed.
+"""Calls hf_cwd's registration right after certain modules of transformers and TRL have been executed.
 
-``import hf_cwd`` therefore costs next to nothing, and a script under ``python -m hf_cwd`` is the first to import torch.
-``hf-cwd enable`` copies this file to the site-packages directory, where every start of Python imports it: it must work
-when hf_cwd is gone.
+``import hf_cwd`` is therefore fast, and under ``python -m hf_cwd`` the script itself is the first to import torch.
+``hf-cwd enable`` copies this file to the site-packages directory, where every start of Python imports it. The copy must
+work if hf_cwd has been uninstalled.
 """
 
 import sys
@@ -12,12 +12,12 @@ MODULES = (
     "transformers.trainer_optimizer",
     "transformers.trainer",
     "transformers.hf_argparser",
-    "trl.scripts._hf_argparser",  # TRL has a copy of its own
+    "trl.scripts._hf_argparser",  # TRL's copy of HfArgumentParser
 )
 
 
 def install() -> None:
-    """Adds to those of the modules that are imported, and to the others as soon as they are. Twice does the same."""
+    """Adds to those modules that are imported, and to the others when they are. A second call changes nothing."""
     if not installed():
         sys.meta_path.insert(0, CWDFinder())
     for name in MODULES:
@@ -31,21 +31,21 @@ def install() -> None:
 
 
 def installed():
-    """Our finders, of this file or of a copy of it; there should be one at most."""
+    """The finders of this file or of a copy of it in ``sys.meta_path``; there should be at most one."""
     return [finder for finder in sys.meta_path if type(finder).__name__ == CWDFinder.__name__]
 
 
 def _add_to(module):
-    import hf_cwd.trainer.registration  # the whole path: a directory that was left behind imports as hf_cwd
+    import hf_cwd.trainer.registration  # the full path, since an empty leftover directory imports as hf_cwd
 
     hf_cwd.trainer.registration.add_to(module)
 
 
 def _add_after_import(module):
-    """Adds to a module that is being imported, perhaps by another thread.
+    """Adds to a module that is being imported, perhaps by another thread, when its import ends.
 
-    To wait for that thread would be wrong: it may itself wait for hf_cwd, which is being imported here. How a module is
-    marked as imported is Python's own business, and has been the same since 3.4.
+    Waiting for that thread could deadlock: it may wait for hf_cwd, which is being imported here. The end of an import
+    is detected by the private attribute ``_initializing`` of the spec, which has not changed since Python 3.4.
     """
     spec, plain = module.__spec__, type(module.__spec__)
 
@@ -58,7 +58,7 @@ def _add_after_import(module):
                     _add_or_report(module)
 
     spec.__class__ = Watched
-    if not spec._initializing:  # it was imported just now
+    if not spec._initializing:  # its import has just ended
         _add_to(module)
 
 
@@ -72,17 +72,17 @@ def _add_or_report(module):
 
 
 class CWDFinder:
-    """Lets the finders after it find one of the modules, and has hf_cwd add to it once it has been executed.
+    """Finds one of the modules by the finders after this one, and makes hf_cwd add to it after its execution.
 
-    Python calls ``find_spec`` with the one lock held that all imports share: importing anything there waits for ever
-    where another thread imports the same, and waits for that lock.
+    Python holds a lock that all imports share while it calls ``find_spec``. An import in there would deadlock with
+    another thread that imports the same module and waits for that lock.
     """
 
     def find_spec(self, fullname, path, target=None):
         if fullname not in MODULES:
             return None
         finders = iter(list(sys.meta_path))
-        any(finder is self for finder in finders)  # those before us have been asked
+        any(finder is self for finder in finders)  # advances past this finder: Python has called the ones before it
         for finder in finders:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
@@ -92,8 +92,8 @@ class CWDFinder:
 
 
 def _add_after_execution(loader):
-    # A loader belongs to one spec. Shadowing one method of it leaves its type, and so get_source() and
-    # importlib.resources, as they were.
+    # A loader belongs to one spec. Its type must not change, for get_source() and importlib.resources. So an instance
+    # attribute shadows the method.
     execute = loader.exec_module
 
     def exec_module(module):

@@ -33,7 +33,7 @@ from hf_cwd.distributed.build import Source, build
 from hf_cwd.distributed.exchange import Exchange
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import EXCHANGE, Plan
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.matrix_step import MatrixLoop, PreparedExchange
 from hf_cwd.rules import RULES
 
@@ -144,7 +144,7 @@ class ExchangeLoop(MatrixLoop):
 
 def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) -> tuple[Exchange, Callable[[], None]]:
     """The exchange of these parameters, and one step of it that leaves them alone."""
-    sources = [Source(p, f"matrix {i}", Layout(), stage, torch.float32) for i, p in enumerate(params)]
+    sources = [Source(p, f"matrix {i}", MatrixLayout(), stage, torch.float32) for i, p in enumerate(params)]
     exchange = build(sources, rank_groups.of(None), share=args.share, exchange_bytes=args.exchange_bytes)
     loop = ExchangeLoop(exchange, [dtensor.local(p).clone() for p in params])
     return exchange, lambda: loop.run(lambda: None)

@@ -119,7 +119,7 @@ def check(trainer: Any, name: str, device: str, steps: int) -> None:
     """Raises ValueError unless ours stepped, each time, in the engine that was asked for, and where it should."""
     import deepspeed
 
-    from hf_cwd.trainer.callbacks.guard import innermost
+    from hf_cwd.trainer.wrappers import innermost
 
     engine, optimizer, offload = trainer.deepspeed, innermost(trainer.optimizer), name.endswith("_offload")
     masters = list(optimizer.state)  # after a step of stage 3 the groups are empty

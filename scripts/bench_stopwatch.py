@@ -10,7 +10,7 @@ def stopwatch(device: str, warmup: int, last: int) -> Any:
     from bench_machine import synchronize
     from transformers import TrainerCallback
 
-    from hf_cwd.trainer.callbacks.guard import innermost
+    from hf_cwd.trainer.wrappers import innermost
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:

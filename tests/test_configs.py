@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, Trai
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_cwd  # noqa: F401  registers the cwd_* names
-from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.trainer.optim_args import optimizer_arguments
 from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and whether it is still what was saved. No pickle is read or written here."""
+"""The files of a checkpoint, and whether they are still what was saved. No pickle is read or written here."""

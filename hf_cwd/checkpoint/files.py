@@ -1,4 +1,4 @@
-"""Files of a checkpoint: which there are, checksums, the headers of safetensors, and putting them onto the disk."""
+"""The files of a checkpoint: their sizes, checksums and safetensors headers, and how to sync them to the disk."""
 
 import contextlib
 import json
@@ -14,22 +14,22 @@ from typing import Any
 
 from xxhash import xxh3_64
 
-CHUNK = 64 * 2**20  # bytes under one checksum: an error says which of them are damaged
+CHUNK = 64 * 2**20  # bytes for each checksum: an error says which chunks are damaged
 BUFFER = 2**20
 THREADS = 4
-INTERVAL = 0.02  # seconds between two requests to the disk
+INTERVAL = 0.02  # seconds between two calls of fsync
 OPEN_FILES = "/proc/self/fd"
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
-PICKLED = (".pt", ".pth", ".bin")  # torch.save's, which are zip archives: their table stands at the end
+PICKLED = (".pt", ".pth", ".bin")  # torch.save writes zip archives, whose directory is at the end
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not what was saved, or cannot be known to be.
+    """A checkpoint is not what was saved, or cannot be verified.
 
     Args:
         what: what is wrong with it.
-        advice: what to do, where that is known.
+        advice: what to do, if that is known.
     """
 
     def __init__(self, what: str, advice: str | None = None) -> None:
@@ -38,10 +38,10 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file: its size, the XXH3 of each ``CHUNK`` of it, and of safetensors each tensor's dtype and shape.
+class FileRecord:
+    """What a manifest says of a file: its size, the checksum of each ``CHUNK``, and the tensors of a safetensors file.
 
-    XXH3 finds damage at the speed of memory, 64 bits of it; it is no protection against forgery.
+    The checksum is XXH3 of 64 bits. It finds damage at the speed of memory, but does not protect against forgery.
     """
 
     size: int
@@ -50,25 +50,25 @@ class Entry:
 
 
 def inside(directory: Path) -> dict[str, int]:
-    """The size of each file under a directory, by its path with slashes.
+    """The size of each file below a directory, by its relative path with slashes.
 
     Raises:
-        CheckpointError: one is a link that leads out, or no file at all.
+        CheckpointError: an entry is a link that leads out of the directory, or not a regular file.
     """
-    found = {}
+    sizes = {}
     for folder, _, names in os.walk(directory):
         for name in names:
             path = Path(folder, name)
             relative = path.relative_to(directory).as_posix()
-            found[relative] = regular_size(directory, relative)
-    return dict(sorted(found.items()))
+            sizes[relative] = regular_size(directory, relative)
+    return dict(sorted(sizes.items()))
 
 
 def regular_size(directory: Path, relative: str) -> int:
-    """The size of a file that lies within a directory.
+    """The size of a file below a directory.
 
     Raises:
-        CheckpointError: it is missing, a link that leads out of the directory, or no regular file.
+        CheckpointError: the file is missing, a link that leads out of the directory, or not a regular file.
     """
     path = directory / relative
     try:
@@ -77,37 +77,37 @@ def regular_size(directory: Path, relative: str) -> int:
         raise CheckpointError(f"{relative} is missing") from None
     if not real.is_relative_to(directory.resolve()):
         raise CheckpointError(f"{relative} is a link that leads out of the checkpoint")
-    found = real.stat()
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+    status = real.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
         raise CheckpointError(f"{relative} is not a file")
-    return found.st_size
+    return status.st_size
 
 
 def check_relative(relative: Any) -> str:
-    """The path, which must name something below the directory that it is joined to.
+    """Returns a relative path that stays below the directory that it is joined to.
 
     Raises:
-        CheckpointError: it does not, on this or on another system.
+        CheckpointError: the path could lead out of the directory, on this or on another operating system.
     """
     parts = PurePosixPath(relative).parts if isinstance(relative, str) else ()
     if not parts or relative != "/".join(parts) or ".." in parts or any(c in relative for c in "\\:\0"):
-        raise CheckpointError(f"{relative!r} is no path below the checkpoint")
+        raise CheckpointError(f"{relative!r} is not a path below the checkpoint")
     return relative
 
 
 def checksums(directory: Path, names: Iterable[str], *, sync: bool) -> dict[str, tuple[str, ...]]:
-    """The checksums of some files, read by several threads in small pieces.
+    """The checksums of some files. Several threads read them with small buffers.
 
     Args:
-        sync: also wait until each file is on the disk.
+        sync: also sync each file to the disk.
     """
     chunks = [(name, start) for name in names for start in range(0, max(1, (directory / name).stat().st_size), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         sums = list(pool.map(lambda chunk: _checksum(directory / chunk[0], chunk[1], sync), chunks))
-    found: dict[str, tuple[str, ...]] = {}
+    result: dict[str, tuple[str, ...]] = {}
     for (name, _), checksum in zip(chunks, sums, strict=True):
-        found[name] = (*found.get(name, ()), checksum)
-    return found
+        result[name] = (*result.get(name, ()), checksum)
+    return result
 
 
 def _checksum(path: Path, start: int, sync: bool) -> str:
@@ -124,10 +124,10 @@ def _checksum(path: Path, start: int, sync: bool) -> str:
 
 
 def header(directory: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]] | None:
-    """Dtype and shape of each tensor of a safetensors file, by its header alone; None for another kind of file.
+    """The dtype and shape of each tensor in the header of a safetensors file; None for any other file.
 
     Raises:
-        CheckpointError: the header is damaged, or the file has not the size that it gives.
+        CheckpointError: the header is damaged, or the file does not have the size that the header implies.
     """
     if not name.endswith(".safetensors"):
         return None
@@ -147,12 +147,12 @@ def header(directory: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]
         raise CheckpointError(f"{name} has a damaged header") from None
     size = path.stat().st_size
     if size != 8 + length + end:
-        raise CheckpointError(f"{name} has {size} bytes, and by its header should have {8 + length + end}")
+        raise CheckpointError(f"{name} has {size} bytes, but its header implies {8 + length + end}")
     return tensors
 
 
 def is_whole(directory: Path, name: str) -> bool:
-    """Whether a file has the end that its format asks for, so that it was not cut off; False where none is known."""
+    """Whether the format of a file shows that it was not cut off; False for other formats."""
     path = directory / name
     if name.endswith(PICKLED):
         return zipfile.is_zipfile(path)
@@ -166,20 +166,20 @@ def is_whole(directory: Path, name: str) -> bool:
 
 
 def pointer(directory: Path, name: str) -> bool:
-    """Whether a file is what Git has in the place of a large one until ``git lfs pull`` fetches it."""
+    """Whether a file is a Git LFS pointer, which ``git lfs pull`` replaces by the real file."""
     with open(directory / name, "rb") as file:
         return file.read(len(POINTER)) == POINTER
 
 
 @contextlib.contextmanager
 def written_early(directory: Path) -> Iterator[None]:
-    """Lets the disk begin with files below a directory while this process is writing them, so that it ends sooner.
+    """A context in which files below a directory are synced to the disk while this process is still writing them.
 
-    The system begins by itself only when much has come together, half a minute later or when it is asked. What it is
-    asked here it has still to be asked at the end, of all files. Where there is no ``/proc`` nothing is done early.
+    Otherwise the operating system waits, for up to half a minute, until much data has accumulated. This only saves
+    time: the caller must still sync all files at the end. Without ``/proc`` it does nothing.
 
     Raises:
-        OSError: the disk's. It tells whoever asks first, and nobody after that.
+        OSError: the disk failed. The system reports that to the first fsync only, so it must be raised here.
     """
     failed: list[OSError] = []
     ended = threading.Event()
@@ -189,7 +189,7 @@ def written_early(directory: Path) -> Iterator[None]:
             for path in _open_files(directory):
                 try:
                     _sync(path)
-                except FileNotFoundError:  # it was temporary
+                except FileNotFoundError:  # a temporary file
                     continue
                 except OSError as error:
                     failed.append(error)
@@ -208,12 +208,12 @@ def written_early(directory: Path) -> Iterator[None]:
 
 
 def _open_files(directory: Path) -> list[Path]:
-    """Those of this process: to list the directory would burden a file system of a thousand ranks."""
-    found, start = set(), os.path.join(os.path.realpath(directory), "")
+    """This process's open files in a directory. With a thousand ranks, listing the directory itself would cost more."""
+    names, start = set(), os.path.join(os.path.realpath(directory), "")
     for number in os.listdir(OPEN_FILES):
         with contextlib.suppress(OSError):  # closed since then
-            found.add(os.readlink(os.path.join(OPEN_FILES, number)))
-    return [Path(name) for name in found if name.startswith(start)]
+            names.add(os.readlink(os.path.join(OPEN_FILES, number)))
+    return [Path(name) for name in names if name.startswith(start)]
 
 
 def _sync(path: Path) -> None:
@@ -225,13 +225,13 @@ def _sync(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Waits until the names in a directory are on the disk, where the system can."""
+    """Syncs the names in a directory to the disk, on systems that support it."""
     if os.name == "posix":
         _sync(directory)
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, and waits until it is on the disk."""
+    """Writes a file atomically, and syncs it to the disk."""
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         file.write(content)

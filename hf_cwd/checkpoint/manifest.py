@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, ``cwd_manifest.json``: all its files, and whether they are still what was saved."""
+"""The manifest of a checkpoint, ``cwd_manifest.json``: lists its files, and verifies that they are what was saved."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from hf_cwd.checkpoint.files import (
     CHUNK,
     CheckpointError,
-    Entry,
+    FileRecord,
     check_relative,
     checksums,
     header,
@@ -28,54 +28,55 @@ from hf_cwd.optim.original_params import listed
 
 NAME = "cwd_manifest.json"
 FORMAT = 2
-NAMED = 5  # problems that an error lists
+NAMED = 5  # an error lists up to this many problems
 LARGEST = 2**28  # bytes of a manifest
-# What the Trainer, Accelerate, DeepSpeed and this package load when a run goes on, as paths below the checkpoint. All
-# else that lies there is the user's: notes, a README.md, a tokenizer, an export.
+# The files that the Trainer, Accelerate, DeepSpeed and this package load when a run resumes, as paths below the
+# checkpoint. Any other file is the user's own: notes, a README.md, a tokenizer, an export.
 ADAPTERS = ("adapter_model.*", "adapter_config.json", "*/adapter_model.*", "*/adapter_config.json")
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "pytorch_model*", *ADAPTERS)
 STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt")
 OTHERS = ("trainer_state.json", "config.json", "rng_state*.pth", "scaler.pt", "latest", "global_step*/*", "cwd_part-*")
 ADVICE = (
     "Copy the checkpoint again if it was copied, or resume from another one: resume_from_checkpoint=True takes the "
-    "newest that is whole. To take it as it is now, give --optim_args cwd_verify=off"
+    "newest intact one. To use it without verification, give --optim_args cwd_verify=off"
 )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was saved: the Trainer's step, the number of ranks, versions of packages, and files by their paths.
+    """What was saved: the Trainer's step, the number of ranks, the versions of packages, and the files by path.
 
-    ``is_resumable`` is False for weights alone, from which a run goes on with new states only.
+    ``is_resumable`` is False for a checkpoint of weights alone, from which a run can resume with new states only.
     """
 
     step: int
     world_size: int
     is_resumable: bool
     versions: dict[str, str]
-    files: dict[str, Entry]
+    files: dict[str, FileRecord]
 
     def loads(self, name: str) -> bool:
-        """Whether a run that goes on from this checkpoint loads a file, of it or one that was put there."""
-        if is_of(name, ADAPTERS):  # beside the weights of a model nobody asks for adapters
+        """Whether a run that resumes from this checkpoint loads a file of this name, saved with it or added later."""
+        if is_of(name, ADAPTERS):  # they are not loaded for a model that was saved without adapters
             return any(is_of(other, ADAPTERS) for other in self.files)
         return is_of(name, (*WEIGHTS, *STATES, *OTHERS))
 
 
-def describe(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Entry]:
-    """What a manifest says of files, each of which is on the disk when this returns.
+def describe(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
+    """Syncs files to the disk, and returns their records for a manifest.
 
     Args:
-        names: paths within the directory, with slashes; None means all but the manifest itself.
+        names: paths below the directory, with slashes; None means all files except the manifest.
 
     Raises:
-        CheckpointError: a file is no regular one, leads out of the directory, or is damaged safetensors.
+        CheckpointError: a file is not a regular file, is a link that leads out of the directory, or has a damaged
+            safetensors header.
     """
     directory = Path(directory)
     chosen = [name for name in (inside(directory) if names is None else names) if not _is_own(name)]
     sizes = {name: regular_size(directory, name) for name in chosen}
     sums = checksums(directory, chosen, sync=True)
-    return {name: Entry(sizes[name], sums[name], header(directory, name)) for name in chosen}
+    return {name: FileRecord(sizes[name], sums[name], header(directory, name)) for name in chosen}
 
 
 def write(
@@ -85,12 +86,12 @@ def write(
     world_size: int,
     versions: Mapping[str, str],
     is_resumable: bool = True,
-    files: Mapping[str, Entry] | None = None,
+    files: Mapping[str, FileRecord] | None = None,
 ) -> Manifest:
-    """Writes the manifest last: when it is there, all that it names is on the disk.
+    """Writes the manifest last: if it exists, all files that it names are on the disk.
 
     Args:
-        files: what :func:`describe` has said, on several ranks perhaps; None describes all of them here.
+        files: the results of :func:`describe`, of all ranks; None describes all files here.
 
     Raises:
         CheckpointError: see :func:`describe`.
@@ -122,15 +123,15 @@ def write(
 
 
 def exists(directory: str | Path) -> bool:
-    """Whether there is a manifest, good or not."""
+    """Whether there is a manifest, valid or not."""
     return os.path.lexists(Path(directory) / NAME)
 
 
 def read(directory: str | Path) -> Manifest:
-    """The manifest of a checkpoint, by which nothing was compared yet.
+    """Reads the manifest of a checkpoint, without comparing any file.
 
     Raises:
-        CheckpointError: there is none, it is damaged or of a later format, or it names files elsewhere.
+        CheckpointError: the manifest is missing or damaged, has another format, or names files outside the checkpoint.
     """
     directory = Path(directory)
     try:
@@ -145,47 +146,47 @@ def verify(directory: str | Path, *, fast: bool = False) -> Manifest:
     """Compares all files of a checkpoint with its manifest; loads nothing.
 
     Args:
-        fast: compare sizes and the headers of safetensors only.
+        fast: compare only sizes and the headers of safetensors.
 
     Raises:
-        CheckpointError: they differ; it names the files, what differs and what to do.
+        CheckpointError: they differ. The message names the files, what differs, and what to do.
     """
-    found = read(directory)
-    check(directory, problems(directory, found, found.files, fast=fast) + foreign(directory, found))
-    return found
+    manifest = read(directory)
+    check(directory, problems(directory, manifest, manifest.files, fast=fast) + foreign(directory, manifest))
+    return manifest
 
 
-def check(directory: str | Path, found: list[str]) -> None:
-    """Raises a CheckpointError that lists problems, if there are any."""
-    if found:
-        more = f"; and {len(found) - NAMED} more" if found[NAMED:] else ""
-        raise CheckpointError(f"{directory} is not what was saved: {'; '.join(found[:NAMED])}{more}", ADVICE)
+def check(directory: str | Path, differences: list[str]) -> None:
+    """Raises a CheckpointError that lists the differences, if there are any."""
+    if differences:
+        more = f"; and {len(differences) - NAMED} more" if differences[NAMED:] else ""
+        raise CheckpointError(f"{directory} is not what was saved: {'; '.join(differences[:NAMED])}{more}", ADVICE)
 
 
 def problems(directory: str | Path, manifest: Manifest, names: Iterable[str], *, fast: bool = False) -> list[str]:
-    """What differs between some files of a manifest and what is in a checkpoint; see :func:`verify`."""
+    """The differences between some files of a checkpoint and its manifest; see :func:`verify`."""
     directory = Path(directory)
-    found, whole = [], []
+    result, whole = [], []
     for name in names:
-        entry = manifest.files[name]
+        record = manifest.files[name]
         try:
-            _compare_sizes(directory, name, entry)
-            _compare_headers(name, entry, header(directory, name))
+            _compare_sizes(directory, name, record)
+            _compare_headers(name, record, header(directory, name))
         except CheckpointError as error:
-            found.append(str(error))
+            result.append(str(error))
         else:
             whole.append(name)
     if not fast:
         for name, sums in checksums(directory, whole, sync=False).items():
-            entry = manifest.files[name]
-            bad = [i for i, (now, then) in enumerate(zip(sums, entry.xxh3_64, strict=True)) if now != then]
+            record = manifest.files[name]
+            bad = [i for i, (now, then) in enumerate(zip(sums, record.xxh3_64, strict=True)) if now != then]
             if bad:
-                found.append(f"{name} was changed, in {_place(bad, entry.size)}")
-    return found
+                result.append(f"{name} was changed, in {_place(bad, record.size)}")
+    return result
 
 
 def foreign(directory: str | Path, manifest: Manifest) -> list[str]:
-    """What was not saved with a checkpoint, and would be loaded with it."""
+    """The files that were not saved with a checkpoint, but would be loaded with it."""
     there = {
         Path(folder, name).relative_to(directory).as_posix()
         for folder, _, names in os.walk(directory)
@@ -207,26 +208,29 @@ def is_of(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _compare_sizes(directory: Path, name: str, entry: Entry) -> None:
+def _compare_sizes(directory: Path, name: str, record: FileRecord) -> None:
     size = regular_size(directory, name)
-    if size == entry.size:
+    if size == record.size:
         return
-    differs = f"{name} has {size} bytes instead of {entry.size}"
+    differs = f"{name} has {size} bytes instead of {record.size}"
     if pointer(directory, name):
-        raise CheckpointError(f"{differs}: it is a pointer of Git LFS, and git lfs pull fetches the file")
+        raise CheckpointError(f"{differs}: it is a Git LFS pointer, and git lfs pull fetches the file")
     if is_whole(directory, name):
         raise CheckpointError(f"{differs}: it was written again after it was saved")
-    raise CheckpointError(differs + (": it was cut off" if size < entry.size else ""))
+    raise CheckpointError(differs + (": it was cut off" if size < record.size else ""))
 
 
-def _compare_headers(name: str, entry: Entry, now: dict[str, tuple[str, tuple[int, ...]]] | None) -> None:
-    for tensor in sorted({*(entry.tensors or {}), *(now or {})}):
-        then, there = (entry.tensors or {}).get(tensor), (now or {}).get(tensor)
-        if then != there:
-            raise CheckpointError(f"{name}: tensor {tensor} is {_kind(there)}, and was {_kind(then)} when it was saved")
+def _compare_headers(name: str, record: FileRecord, now: dict[str, tuple[str, tuple[int, ...]]] | None) -> None:
+    for tensor in sorted({*(record.tensors or {}), *(now or {})}):
+        before, after = (record.tensors or {}).get(tensor), (now or {}).get(tensor)
+        if before != after:
+            raise CheckpointError(
+                f"{name}: tensor {tensor} is {_dtype_and_shape(after)}, and was {_dtype_and_shape(before)} when it was "
+                "saved"
+            )
 
 
-def _kind(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+def _dtype_and_shape(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "not there" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
@@ -249,13 +253,13 @@ def _parsed(content: bytes) -> Manifest:
     except CheckpointError:
         raise
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{NAME} is damaged: it is no JSON") from None
+        raise CheckpointError(f"{NAME} is damaged: it is not valid JSON") from None
     if not isinstance(body, dict) or type(body.get("format")) is not int:
         raise CheckpointError(f"{NAME} is damaged: it has no format")
     if body["format"] != FORMAT:
         version = "an older" if body["format"] < FORMAT else "a newer"
         raise CheckpointError(
-            f"{NAME} has format {body['format']}, of {version} hf_cwd, and this one reads format {FORMAT}: resume with "
+            f"{NAME} has format {body['format']}, of {version} hf_cwd, but this one reads format {FORMAT}: resume with "
             "the version of hf_cwd that saved it"
         )
     del body["format"]
@@ -264,32 +268,32 @@ def _parsed(content: bytes) -> Manifest:
     _expect(body, {"step", "world_size", "is_resumable", "versions", "files"})
     versions, files = body["versions"], body["files"]
     if not (isinstance(versions, dict) and all(isinstance(v, str) for v in versions.values())):
-        raise CheckpointError(f"{NAME} has versions that are no text")
+        raise CheckpointError(f"{NAME} has versions that are not text")
     if type(body["is_resumable"]) is not bool:
         raise CheckpointError(f"{NAME} does not say whether it is resumable")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{NAME} names no files")
     step, world = _number(body["step"]), _number(body["world_size"])
-    entries = {check_relative(name): _entry(item) for name, item in files.items()}
-    return Manifest(step, world, body["is_resumable"], versions, entries)
+    records = {check_relative(name): _file_record(item) for name, item in files.items()}
+    return Manifest(step, world, body["is_resumable"], versions, records)
 
 
-def _entry(item: Any) -> Entry:
+def _file_record(item: Any) -> FileRecord:
     _expect(item, {"size", "xxh3_64", "tensors"})
     size, sums, tensors = _number(item["size"]), item["xxh3_64"], item["tensors"]
     if not isinstance(sums, list) or len(sums) != len(range(0, max(1, size), CHUNK)):
-        raise CheckpointError(f"{NAME} has not the checksums of a file of {size} bytes")
+        raise CheckpointError(f"{NAME} has the wrong number of checksums for a file of {size} bytes")
     if tensors is not None:
         try:
             tensors = {key: (str(dtype), tuple(map(_number, shape))) for key, (dtype, shape) in tensors.items()}
         except (AttributeError, TypeError, ValueError):
-            raise CheckpointError(f"{NAME} has tensors that are none") from None
-    return Entry(size, tuple(map(_checksum, sums)), tensors)
+            raise CheckpointError(f"{NAME} has tensors without a dtype and a shape") from None
+    return FileRecord(size, tuple(map(_checksum, sums)), tensors)
 
 
 def _expect(item: Any, keys: set[str]) -> None:
     if not isinstance(item, dict) or item.keys() != keys:
-        raise CheckpointError(f"{NAME} has an item that is not {', '.join(sorted(keys))}")
+        raise CheckpointError(f"{NAME} has an item without exactly the keys {', '.join(sorted(keys))}")
 
 
 def _number(value: Any) -> int:
@@ -305,10 +309,10 @@ def _checksum(value: Any) -> str:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
         raise CheckpointError(f"{NAME} has a key twice")
-    return found
+    return result
 
 
 def _no_number(text: str) -> None:

@@ -1,11 +1,11 @@
-"""A run's directory, as the ranks that see it save into it together: whole checkpoints, or none, after any crash."""
+"""A run's directory, into which all ranks save together. After a crash each checkpoint is complete, or removed."""
 
 import contextlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,27 @@ from hf_cwd.checkpoint.files import CheckpointError, inside, sync_directory
 from hf_cwd.checkpoint.manifest import Manifest
 from hf_cwd.distributed import collectives
 
-# Not "checkpoint-*", which the Trainer would resume from or rotate. What begins with "_" is not pushed to the Hub.
+# The Trainer resumes from and rotates "checkpoint-*". It does not push names that begin with "_" to the Hub.
 _LEFT = re.compile(r"_tmp-(checkpoint-\d+)-[0-9a-f]{8}")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = "replaced"
 
 
 class Storage:
-    """One directory of checkpoints, and the ranks that share it.
+    """A directory of checkpoints, and the ranks that share it.
 
-    Where each node has a directory of its own under the same path, the ranks of each node share one; who sees what is
-    found out by a file, once, so that neither ``save_on_each_node`` nor anything else has to be believed. The first
-    rank of each directory is its keeper, who writes the manifest and moves directories.
+    The same path may be another directory on each node. A file that is written once shows which ranks see the same
+    directory, so that ``save_on_each_node`` need not be trusted. The first rank of each directory is its keeper: it
+    writes the manifest and renames directories.
 
-    All ranks call each method, and in the same order; an error of one rank is an error of all.
+    All ranks must call each method, in the same order. If one rank fails, all ranks raise an error.
 
     Args:
-        directory: the run's, made here if need be.
-        is_probed: False takes it to be the same for all ranks and writes nothing into it.
+        directory: the run's directory; it is made if it does not exist.
+        is_probed: False assumes that all ranks share one directory, and writes nothing into it.
 
     Raises:
-        OSError: it cannot be written into.
+        OSError: the directory is not writable.
     """
 
     def __init__(self, directory: str | Path, *, is_probed: bool = True) -> None:
@@ -47,11 +47,11 @@ class Storage:
 
     @property
     def is_keeper(self) -> bool:
-        """Whether this rank is the one that keeps its directory in order."""
+        """Whether this rank writes the manifest and renames directories."""
         return self._rank == self._keeper
 
     def _probe(self) -> list[int]:
-        """For each rank, the first of those that see the same directory."""
+        """For each rank, the first rank that sees the same directory."""
         mark = self.directory / f"_tmp-probe-{self._token}"
 
         def claim() -> None:
@@ -67,29 +67,36 @@ class Storage:
         return keepers
 
     def stage(self, name: str) -> Path:
-        """Makes the directory in which a checkpoint is written before it has its name: ``<returned>/<name>``."""
+        """Makes and returns a temporary directory; the checkpoint is then written to ``<returned>/<name>``."""
         staging = self.directory / f"_tmp-{name}-{self._token}"
 
         def make() -> None:
-            if staging.exists():  # of an attempt that failed in this run
+            if staging.exists():  # left by a save that failed in this run
                 shutil.rmtree(staging)
             staging.mkdir(parents=True)
 
         together(make if self.is_keeper else None)
         return staging
 
-    def seal(self, checkpoint: Path, **about: Any) -> None:
-        """Waits until all ranks have written and all of it is on the disk; then the keeper writes the manifest.
+    def seal(self, checkpoint: Path, *, step: int, versions: Mapping[str, str], is_resumable: bool) -> None:
+        """Waits until all ranks have synced their files to the disk; then the keeper writes the manifest.
 
         Args:
-            about: what :func:`manifest.write` is to say of it.
+            step, versions, is_resumable: see :class:`Manifest`.
         """
         together(None)
-        mine = together(lambda: (self._keeper, manifest.describe(checkpoint, self._my_files(checkpoint))))
+        of_ranks = together(lambda: (self._keeper, manifest.describe(checkpoint, self._my_files(checkpoint))))
 
         def write() -> None:
-            files = {name: entry for keeper, some in mine if keeper == self._rank for name, entry in some.items()}
-            manifest.write(checkpoint, world_size=collectives.world(), files=dict(sorted(files.items())), **about)
+            files = {name: record for keeper, some in of_ranks if keeper == self._rank for name, record in some.items()}
+            manifest.write(
+                checkpoint,
+                step=step,
+                world_size=collectives.world(),
+                versions=versions,
+                is_resumable=is_resumable,
+                files=dict(sorted(files.items())),
+            )
 
         together(write if self.is_keeper else None)
 
@@ -98,7 +105,7 @@ class Storage:
         return sorted(sizes, key=lambda name: (-sizes[name], name))[self._share]
 
     def publish(self, staging: Path, name: str) -> None:
-        """Gives a sealed checkpoint its name. One that has it is removed after that."""
+        """Renames a sealed checkpoint to its final name, and removes an older checkpoint of that name."""
         together((lambda: self._move(staging, name)) if self.is_keeper else None)
 
     def _move(self, staging: Path, name: str) -> None:
@@ -111,14 +118,14 @@ class Storage:
         shutil.rmtree(staging)
 
     def discard(self, staging: Path) -> None:
-        """Removes what could not be saved, where no other rank may be writing into it."""
+        """Removes a failed save, unless other ranks may still be writing."""
         if collectives.world() == 1:
             shutil.rmtree(staging, ignore_errors=True)
 
     def rotate(self, limit: int | None, keep: Iterable[str]) -> None:
-        """Removes the oldest checkpoints until ``limit`` are left, and none whose name is to be kept.
+        """Removes the oldest checkpoints until ``limit`` are left, except those named in ``keep``.
 
-        A directory loses its name first, so that none that is half removed looks like a checkpoint.
+        It renames a directory before it removes it, so that an interrupted removal leaves no partial checkpoint.
         """
         if not self.is_keeper or not limit or limit < 1:
             return
@@ -134,15 +141,15 @@ class Storage:
         return (self.directory / name).stat().st_mtime_ns
 
     def checkpoints(self) -> dict[int, str]:
-        """Directories that are named as checkpoints here, by step."""
+        """The directories named ``checkpoint-<step>``, by step."""
         names = os.listdir(self.directory) if self.directory.is_dir() else []
-        found = {number(name): name for name in names if _CHECKPOINT.fullmatch(name)}
-        return {step: name for step, name in sorted(found.items()) if (self.directory / name).is_dir()}
+        by_step = {number(name): name for name in names if _CHECKPOINT.fullmatch(name)}
+        return {step: name for step, name in sorted(by_step.items()) if (self.directory / name).is_dir()}
 
     def recover(self, *, fast: bool) -> list[str]:
-        """Ends what a run that was killed has begun; the keeper tells what was done, a line each.
+        """Finishes or removes what a killed run has left behind. On the keeper it returns a line for each action.
 
-        A checkpoint that was sealed gets its name. Everything else that was not finished is removed.
+        A sealed checkpoint gets its final name. All other temporary directories are removed.
         """
         return together(lambda: list(self._recover(fast)) if self.is_keeper else [])[self._rank]
 
@@ -163,48 +170,51 @@ class Storage:
                 yield f"removed {entry}, which an interrupted save or removal of {name} had left"
             else:
                 self._move(entry, name)
-                yield f"{self.directory / name} was whole, and had not got its name when its run was ended: it has now"
+                yield f"{self.directory / name} is complete and has its name now: its run ended before it was renamed"
             sync_directory(self.directory)
 
     def verify(self, checkpoint: str | Path, *, fast: bool, fresh: bool = False) -> Manifest:
-        """:func:`manifest.verify` of the files that a resume loads, by the ranks together.
+        """:func:`manifest.verify` of the files that a resume loads; the ranks share the work.
 
-        Each looks at some of the files, and raises what any has found. A ``fresh`` run can do without optimizer states
-        and schedule, which may be missing; ``training_args.bin``, a tokenizer or a README.md may be anything.
+        Each rank compares some of the files, and all raise what any of them finds. For a ``fresh`` run the optimizer's
+        states and the schedule may be missing. Other files, such as ``training_args.bin``, a tokenizer or a README.md,
+        are not compared.
         """
-        read = together(lambda: manifest.read(checkpoint))[self._rank]
-        names = [name for name in read.files if read.loads(name)]
+        saved = together(lambda: manifest.read(checkpoint))[self._rank]
+        names = [name for name in saved.files if saved.loads(name)]
         if fresh:
             names = [n for n in names if os.path.lexists(Path(checkpoint, n)) or not manifest.is_of(n, manifest.STATES)]
-        foreign = together((lambda: manifest.foreign(checkpoint, read)) if self.is_keeper else None)
-        found = together(lambda: manifest.problems(checkpoint, read, names[self._share], fast=fast))
-        every = [problem for some in (*foreign, *found) for problem in some or ()]
+        foreign = together((lambda: manifest.foreign(checkpoint, saved)) if self.is_keeper else None)
+        problems = together(lambda: manifest.problems(checkpoint, saved, names[self._share], fast=fast))
+        every = [problem for of_rank in (*foreign, *problems) for problem in of_rank or ()]
         manifest.check(checkpoint, list(dict.fromkeys(every)))
-        return read
+        return saved
 
 
 def number(name: str) -> int:
-    """The step of a checkpoint, by the name of its directory."""
+    """The step in the name of a checkpoint's directory."""
     return int(_CHECKPOINT.fullmatch(name)[1])
 
 
 def together(action: Callable[[], Any] | None) -> list[Any]:
-    """Does something on this rank, or nothing, waits for all ranks, and returns what it gave on each.
+    """Calls ``action`` on this rank if given, waits for all ranks, and returns the results of all ranks.
 
     Raises:
-        Exception: this rank's own, or CheckpointError or RuntimeError with the text of another's.
+        Exception: this rank's own error; or a CheckpointError or RuntimeError with the text of another rank's error.
     """
     result, error = None, None
     try:
         result = action() if action is not None else None
     except Exception as caught:
         error = caught
-    known = (error.what, error.advice) if isinstance(error, CheckpointError) else None
-    told = collectives.gathered((result, None if error is None else (known, f"{type(error).__name__}: {error}")))
+    # CheckpointError is sent as its arguments, so that other ranks can raise the same error.
+    arguments = (error.what, error.advice) if isinstance(error, CheckpointError) else None
+    failure = None if error is None else (arguments, f"{type(error).__name__}: {error}")
+    of_ranks = collectives.gathered((result, failure))
     if error is not None:
         raise error
-    for rank, (_, failure) in enumerate(told):
+    for rank, (_, failure) in enumerate(of_ranks):
         if failure is not None:
-            known, text = failure
-            raise CheckpointError(*known) if known is not None else RuntimeError(f"rank {rank}: {text}")
-    return [each for each, _ in told]
+            arguments, text = failure
+            raise CheckpointError(*arguments) if arguments is not None else RuntimeError(f"rank {rank}: {text}")
+    return [each for each, _ in of_ranks]

@@ -1,4 +1,4 @@
-"""The command ``hf-cwd``: each subcommand is a module with ``add_arguments`` and ``main``, imported when asked for."""
+"""The command ``hf-cwd``. Each subcommand is a module with ``add_arguments`` and ``main``, imported when it is used."""
 
 import argparse
 import importlib
@@ -9,12 +9,12 @@ from hf_cwd import launcher
 from hf_cwd.cli.errors import nearest
 
 COMMANDS = {
-    "run": ("hf_cwd.launcher", "run a script, unmodified, with the optimizer names known"),
-    "enable": ("hf_cwd.cli.enable", "make the optimizer names known to every script of this Python environment"),
+    "run": ("hf_cwd.launcher", "run an unmodified script with --optim cwd_* available"),
+    "enable": ("hf_cwd.cli.enable", "make --optim cwd_* available in every script of this Python environment"),
     "disable": ("hf_cwd.cli.enable", "undo `hf-cwd enable`"),
     "explain": ("hf_cwd.cli.explain", "show what trains each parameter of a model, and why"),
     "doctor": ("hf_cwd.cli.doctor", "check this environment"),
-    "report": ("hf_cwd.cli.report", "draw and compare finished or running trainings, as one HTML page"),
+    "report": ("hf_cwd.cli.report", "draw and compare finished or running training runs, as one HTML page"),
 }
 
 
@@ -23,7 +23,7 @@ VERSION = f"hf_cwd {hf_cwd.__version__}"
 
 def main() -> int | None:
     asked = sys.argv[1] if len(sys.argv) > 1 else None
-    if asked == "run":  # the flags of a script are not ours to parse
+    if asked == "run":  # the script parses its own flags
         return launcher.main(sys.argv[2:], program="hf-cwd run")
     parser = argparse.ArgumentParser("hf-cwd", description="Cautious Weight Decay for the Hugging Face Trainer.")
     parser.add_argument("--version", action="version", version=VERSION)
@@ -36,8 +36,8 @@ def main() -> int | None:
     if asked is None:
         parser.print_help(sys.stderr)
         return 2
-    kind = "option" if asked.startswith("-") else "command"
-    parser.error(f"there is no {kind} {asked!r}{nearest(asked, [*COMMANDS, '--help', '--version'])}")
+    what = "option" if asked.startswith("-") else "command"
+    parser.error(f"there is no {what} {asked!r}{nearest(asked, [*COMMANDS, '--help', '--version'])}")
 
 
 def _command(name: str, parser: argparse.ArgumentParser, own: argparse.ArgumentParser) -> int | None:

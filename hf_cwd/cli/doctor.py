@@ -1,4 +1,4 @@
-"""``hf-cwd doctor``: what a bug report should say, also where torch cannot be imported."""
+"""``hf-cwd doctor``: prints what a bug report should contain, also if torch cannot be imported."""
 
 import argparse
 import contextlib
@@ -22,12 +22,12 @@ from hf_cwd.cli import enable
 from hf_cwd.cli.errors import in_words
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "deepspeed", "peft", "trl", "triton")
-# What decides how many processes there are, who shards, and where it runs; never a token.
+# Variables that choose the number of processes, the sharding and the devices. None may hold a token.
 VARIABLES = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "FSDP_", "LOCAL_RANK", "PARALLELISM_CONFIG_")
 VARIABLES += ("PYTORCH_", "RANK", "TORCH_", "TRITON_", "WORLD_SIZE")
-OPERATION = "deepspeed_shm_comm"  # with which DeepSpeed's ranks communicate where there is no accelerator
+OPERATION = "deepspeed_shm_comm"  # DeepSpeed's communication between ranks without an accelerator
 NOT_NEEDED = "not needed with an accelerator"
-STALE = 15 * 60  # seconds, after which nobody is compiling any more
+STALE = 15 * 60  # seconds; no compilation takes longer
 
 Report = dict[str, str]
 
@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report; 1 if there is a problem that keeps hf_cwd from training, else 0."""
+    """Prints the report. Returns 1 if a problem keeps hf_cwd from training, else 0."""
     problems: list[str] = []
     reports: dict[str, Report] = {}
     for title, section in SECTIONS.items():
         try:
-            # Packages print while they are imported, which would spoil the JSON.
+            # Some packages print when they are imported, which would make the JSON invalid.
             with contextlib.redirect_stdout(sys.stderr):
                 reports[title] = section(problems)
-        except Exception as error:  # whatever is broken, the other sections must be reported
+        except Exception as error:  # the other sections must be reported nevertheless
             reports[title] = {"error": in_words(error)}
             problems.append(f"{title}: {in_words(error)}")
         if not args.json:
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def versions(problems: list[str]) -> Report:
-    """Every package that a run may meet; what hf_cwd requires must be there and new enough."""
+    """The versions of all packages that a run may use; those that hf_cwd requires must be supported."""
     report = {
         "hf_cwd": f"{hf_cwd.__version__}, {Path(hf_cwd.__file__).parent}",
         "python": f"{platform.python_version()}, {sys.executable}",
@@ -69,7 +69,7 @@ def versions(problems: list[str]) -> Report:
         required = _required()
     except importlib.metadata.PackageNotFoundError:
         required = {}
-        report["hf_cwd"] += ", not installed by pip: which versions of others it supports is not known"
+        report["hf_cwd"] += ", not installed by pip: which versions of other packages it supports is not known"
     for name in PACKAGES:
         report[name], works = _package(name, required.get(name))
         if not works and name in required:
@@ -85,7 +85,7 @@ def _required() -> dict[str, Requirement]:
 
 
 def _package(name: str, required: Requirement | None) -> tuple[str, bool]:
-    """A package in words, and whether hf_cwd can use it."""
+    """The version of a package or why there is none, and whether hf_cwd can use it."""
     try:
         version = getattr(importlib.import_module(name), "__version__", None) or importlib.metadata.version(name)
     except (Exception, SystemExit) as error:
@@ -104,7 +104,7 @@ def _build(torch: ModuleType) -> str:
 
 
 def distributed(problems: list[str]) -> Report:
-    """Back-ends that this torch was built with."""
+    """The back-ends of torch.distributed that this torch was built with."""
     import torch
 
     if not torch.distributed.is_available():
@@ -114,18 +114,18 @@ def distributed(problems: list[str]) -> Report:
 
 
 def deepspeed(problems: list[str]) -> Report:
-    """Its version, and whether it can compile what it needs when processes meet; nothing is compiled here."""
+    """DeepSpeed's version, and whether it can compile its communication. Nothing is compiled here."""
     import torch
 
     from hf_cwd.distributed.deepspeed_zero import TESTED
     from hf_cwd.trainer.deepspeed import missing_tools
 
-    found, works = _package("deepspeed", None)
+    version, works = _package("deepspeed", None)
     if not works:
-        return {"deepspeed": f"{found}; tested: {TESTED}"}
+        return {"deepspeed": f"{version}; tested: {TESTED}"}
     low, high = map(Version, TESTED.split(" to "))
-    is_tested = low <= Version(Version(found).public) <= high
-    report = {"deepspeed": f"{found}, {'tested' if is_tested else f'not tried with hf_cwd: tests run with {TESTED}'}"}
+    is_tested = low <= Version(Version(version).public) <= high
+    report = {"deepspeed": f"{version}, {'tested' if is_tested else f'not tried with hf_cwd: tests run with {TESTED}'}"}
     folder = _compiled()
     report["compiled operations"] = str(folder)
     if torch.accelerator.is_available():
@@ -135,7 +135,7 @@ def deepspeed(problems: list[str]) -> Report:
         report["compiler and ninja"] = f"missing: {missing}"
         tools = {"compiler": "apt install g++", "ninja": "pip install ninja"}
         problems.append(
-            f"without an accelerator DeepSpeed compiles its communication, and lacks {missing}; try: "
+            f"without an accelerator DeepSpeed must compile its communication, and {missing} is missing; try: "
             + ", ".join(command for tool, command in tools.items() if tool in missing)
         )
     is_compiled = any((folder / OPERATION).glob(f"{OPERATION}*.so"))
@@ -150,27 +150,26 @@ def deepspeed(problems: list[str]) -> Report:
     else:
         report[OPERATION] = f"locked since {age / 60:.0f} minutes"
         problems.append(
-            f"a compilation that was interrupted has left {lock}, and every start of DeepSpeed waits until it is gone: "
-            "delete that file"
+            f"an interrupted compilation has left {lock}, and every start of DeepSpeed waits for it: delete that file"
         )
     return report
 
 
 def _compiled() -> Path:
-    """The folder of the operations that are compiled when they are first used, each of which has one of its own."""
+    """The folder in which torch keeps extensions that are compiled at their first use, each in a folder of its own."""
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
     import torch
     from torch.utils import cpp_extension
 
-    kinds = {"rocm": torch.version.hip, "cu": torch.version.cuda}
-    kind = next((f"{name}{text.replace('.', '')}" for name, text in kinds.items() if text), "cpu")
+    platforms = {"rocm": torch.version.hip, "cu": torch.version.cuda}
+    built_for = next((f"{name}{text.replace('.', '')}" for name, text in platforms.items() if text), "cpu")
     python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
-    return Path(cpp_extension.get_default_build_root()) / f"{python}_{kind}"
+    return Path(cpp_extension.get_default_build_root()) / f"{python}_{built_for}"
 
 
 def optimizers(problems: list[str]) -> Report:
-    """Whether transformers knows our names, and whether TrainingArguments take them in this environment."""
+    """Whether our names are registered in transformers, and whether TrainingArguments accept them here."""
     from hf_cwd.trainer.handler import handler
     from hf_cwd.trainer.optim_names import names
 
@@ -193,17 +192,17 @@ def optimizers(problems: list[str]) -> Report:
 
 
 def environment(problems: list[str]) -> Report:
-    """Variables that change how a run is set up."""
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
-    return found or {"variables": f"none of {', '.join(VARIABLES)}"}
+    """The environment variables that change how a run is set up."""
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return variables or {"variables": f"none of {', '.join(VARIABLES)}"}
 
 
 def _self_check() -> ModuleType:
-    return importlib.import_module("hf_cwd.cli.self_check")  # it needs torch, and its error is that section's
+    return importlib.import_module("hf_cwd.cli.self_check")  # it imports torch; if that fails, only its sections do
 
 
 SECTIONS: dict[str, Callable[[list[str]], Report]] = {
-    "Environment": environment,  # before others are imported, for some of them set variables
+    "Environment": environment,  # first, because packages set variables when they are imported
     "Versions": versions,
     "Devices": lambda problems: _self_check().devices(problems),
     "Kernels": lambda problems: _self_check().kernel_table(problems),

@@ -1,4 +1,4 @@
-"""``hf-cwd report``: what the Trainer logged, of one run or of many beside each other, as one HTML page."""
+"""``hf-cwd report``: shows what the Trainer logged in one or several runs, as one HTML page."""
 
 import argparse
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN_DIR", help="a Trainer's output_dir, or a directory with several below it; "
-        "others are compared with the first"
-    )  # fmt: skip
+        "runs",
+        nargs="+",
+        metavar="RUN_DIR",
+        help="a Trainer's output_dir, or a directory with several below it; all runs are compared with the first",
+    )
     parser.add_argument("--output", default="cwd_report", metavar="DIR", help="for report.html and PNGs (%(default)s)")
 
 

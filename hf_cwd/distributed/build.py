@@ -16,7 +16,7 @@ from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.plan import Entry, flops_per_byte, plan
 from hf_cwd.distributed.rank_groups import RankGroup, alone
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 _logger = logging.getLogger("hf_cwd")
 
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
     param: Tensor
     name: str
-    layout: Layout
+    layout: MatrixLayout
     stage: Stage
     direction: torch.dtype
     flat: FlatShard | None = None

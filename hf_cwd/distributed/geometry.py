@@ -8,7 +8,7 @@ from functools import cache
 from math import ceil, prod
 from typing import NamedTuple, Protocol
 
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 Shape = tuple[int, ...]
 
@@ -172,7 +172,7 @@ def everywhere(ranks: Sequence[int]) -> Mesh:
     return Mesh((len(ranks),), tuple(ranks), (Replicate(),))
 
 
-def matrix_shapes(shape: Shape, layout: Layout) -> list[tuple[int, int]]:
+def matrix_shapes(shape: Shape, layout: MatrixLayout) -> list[tuple[int, int]]:
     """(rows, columns) of each matrix in a parameter: of each member of a stack the matrices fused into it, in order."""
     stack, outs, ins = _axes(shape, layout)
     columns = prod(shape[i] for i in ins)
@@ -180,13 +180,13 @@ def matrix_shapes(shape: Shape, layout: Layout) -> list[tuple[int, int]]:
     return [(r, columns) for r in rows] * prod(shape[i] for i in stack)
 
 
-def inner_shape(shape: Shape, layout: Layout) -> Shape:
+def inner_shape(shape: Shape, layout: MatrixLayout) -> Shape:
     """Sizes of a matrix's dimensions after the first, see :class:`Segment`; a linear layer's has one, its columns."""
     _, outs, ins = _axes(shape, layout)
     return tuple(shape[i] for i in (*outs[1:], *ins))
 
 
-def segments(shape: Shape, layout: Layout, piece: Piece) -> Iterator[Segment]:
+def segments(shape: Shape, layout: MatrixLayout, piece: Piece) -> Iterator[Segment]:
     """The parts of the parameter's matrices that lie in a piece of it."""
     stack, (out, *more), ins = _axes(shape, layout)
     inner = (*more, *ins)
@@ -216,7 +216,7 @@ def segments(shape: Shape, layout: Layout, piece: Piece) -> Iterator[Segment]:
 
 
 @cache
-def held(shape: Shape, layout: Layout, sharding: Sharding, rank: int) -> dict[int, tuple[Segment, ...]]:
+def held(shape: Shape, layout: MatrixLayout, sharding: Sharding, rank: int) -> dict[int, tuple[Segment, ...]]:
     """What ``rank`` holds of each matrix of a parameter; matrices of which it holds nothing are left out."""
     result: dict[int, list[Segment]] = {}
     for piece in sharding.pieces(shape, rank):
@@ -246,7 +246,7 @@ def check(shape: Shape, sharding: Sharding) -> None:
         raise ValueError(f"the parts that ranks hold of shape {shape} do not tile it in replicas {wrong}")
 
 
-def _axes(shape: Shape, layout: Layout) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+def _axes(shape: Shape, layout: MatrixLayout) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
     """The dimensions of a parameter that count its stack, its output and its input."""
     n = len(shape)
     stack, first, second = (

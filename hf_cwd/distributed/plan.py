@@ -13,7 +13,7 @@ import torch
 
 from hf_cwd.distributed.geometry import Shape, Sharding, held, matrix_shapes
 from hf_cwd.distributed.matrix_stage import Stage
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.rules.hyperparameters import Choice, Hyperparameter, Integer
 
 # Options of an optimizer with a matrix rule, beside its hyper-parameters.
@@ -48,7 +48,7 @@ class Entry:
 
     name: str
     shape: Shape
-    layout: Layout
+    layout: MatrixLayout
     sharding: Sharding
     stage: Stage
     dtype: torch.dtype
@@ -228,7 +228,7 @@ def _is_shared(
 
 
 @cache
-def _holders(shape: Shape, layout: Layout, sharding: Sharding) -> list[dict[int, int]]:
+def _holders(shape: Shape, layout: MatrixLayout, sharding: Sharding) -> list[dict[int, int]]:
     """For each matrix of a parameter, the ranks that hold a part of it, and how many elements."""
     table: list[dict[int, int]] = [{} for _ in matrix_shapes(shape, layout)]
     for rank in sharding.holders(shape):

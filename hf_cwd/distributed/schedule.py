@@ -10,7 +10,7 @@ import torch
 from hf_cwd.distributed.geometry import Segment, Shape, held, inner_shape
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, Job, Plan, holders, sources
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 
 class Part(NamedTuple):
@@ -191,7 +191,7 @@ class Schedule:
         job = self._plan.jobs[number]
         entry = self._plan.entries[job.entry]
         inner = inner_shape(entry.shape, entry.layout)
-        scale = 1.0 if entry.layout == Layout() else entry.stage.scale(job.shape)
+        scale = 1.0 if entry.layout == MatrixLayout() else entry.stage.scale(job.shape)
 
         def parts(rank: int) -> list[Part]:
             held = self._held(entry, job, rank)

@@ -1,1 +1,1 @@
-"""What a step costs each rank, from shapes and a layout alone: memory, traffic and work."""
+"""What a step costs each rank, computed from shapes and the parallelism: memory, traffic and work."""

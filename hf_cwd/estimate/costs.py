@@ -1,6 +1,6 @@
-"""What a step costs each rank of a parallel run: the memory that it keeps, what it receives, and its work."""
+"""The costs of a rank: the memory for weights, gradients and states, buffers, bytes received, and operations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any, NamedTuple
@@ -10,33 +10,37 @@ from torch import nn
 
 from hf_cwd.distributed.geometry import Mesh, Shape, Sharding
 from hf_cwd.distributed.matrix_stage import Stage
-from hf_cwd.distributed.plan import Entry, Plan, holders, sources
-from hf_cwd.estimate.layouts import Parallelism, shardings
+from hf_cwd.distributed.plan import Entry, Job, Plan, holders, sources
+from hf_cwd.estimate.parallelism import Parallelism, shardings
 from hf_cwd.kernels import eager
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.routing.route import Routing
 from hf_cwd.rules import RULES, Rule
 
 
 class Group(NamedTuple):
-    """A parameter group of the Trainer's optimizer: its parameters, its rule, and which matrices they hold."""
+    """A parameter group of the Trainer's optimizer: its parameters, their rule, and the matrices in them."""
 
     params: list[tuple[str, Shape]]
     rule: Rule
-    layout: Layout
+    layout: MatrixLayout
 
     def stage(self, arguments: Mapping[str, Any]) -> Stage:
-        """Its matrix stage, from the keyword arguments of the optimizer."""
-        hyper = {name: arguments.get(name, kind.default) for name, kind in self.rule.hyperparameters.items()}
+        """The group's matrix stage.
+
+        Args:
+            arguments: keyword arguments of the optimizer.
+        """
+        hyper = {name: arguments.get(name, default) for name, default in self.rule.defaults().items()}
         return Stage.of(self.rule.name, hyper)
 
 
 def groups(model: nn.Module, routing: Routing) -> list[Group]:
-    """The groups of the optimizer that the Trainer makes, in its order; without empty ones."""
+    """The groups of the Trainer's optimizer, in its order, without empty ones."""
     from transformers import Trainer
 
     names = {p: name for name, p in model.named_parameters()}
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # it asks the Trainer for nothing
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # the method does not use self
     trained = [p for p in names if p.requires_grad]
     parts = [{"params": [p for p in trained if (names[p] in decayed) == wanted]} for wanted in (True, False)]
     rules = {r.algorithm for r in routing.routes} - {None}
@@ -48,7 +52,7 @@ def groups(model: nn.Module, routing: Routing) -> list[Group]:
         Group(
             [(names[p], tuple(p.shape)) for p in part["params"]],
             RULES[part["algorithm"]],
-            Layout() if part.get("layout") is None else Layout(**part["layout"]),
+            MatrixLayout() if part.get("layout") is None else MatrixLayout(**part["layout"]),
         )
         for part in parts
     ]
@@ -57,20 +61,20 @@ def groups(model: nn.Module, routing: Routing) -> list[Group]:
 def entries(
     model: nn.Module,
     routing: Routing,
-    layout: Parallelism,
+    parallelism: Parallelism,
     *,
     arguments: Mapping[str, Any],
     dtype: torch.dtype,
     device: str,
 ) -> list[Entry]:
-    """What :func:`hf_cwd.distributed.plan.plan` takes: the matrices in the order of the Trainer's optimizer.
+    """The matrices in the order of the Trainer's optimizer, for :func:`hf_cwd.distributed.plan.plan`.
 
     Args:
         arguments: keyword arguments of the optimizer.
-        dtype: of the parameters.
-        device: type of the device that trains.
+        dtype: the dtype of the parameters.
+        device: the type of the devices that train.
     """
-    meshes = shardings(model, layout)
+    meshes = shardings(model, parallelism)
     result: list[Entry] = []
     for group in groups(model, routing):
         if group.rule.matrix is not None:
@@ -81,16 +85,23 @@ def entries(
     return result
 
 
-class Kept(NamedTuple):
-    """Bytes that one rank keeps."""
+class RankMemory(NamedTuple):
+    """The bytes that a rank holds between steps."""
 
     weights: int
     gradients: int
     states: int
 
 
-class Cost(NamedTuple):
-    """Of one rank: bytes that it keeps, bytes at the peak of an exchange, and what it receives and does in a step."""
+class RankCost(NamedTuple):
+    """The cost of a step for one rank.
+
+    Attributes:
+        weights, gradients, states: bytes that it holds between steps.
+        buffers: bytes at the peak of an exchange, see :func:`buffers`.
+        received: bytes received in a step.
+        flops: operations of the orthogonalisation in a step.
+    """
 
     weights: int
     gradients: int
@@ -100,12 +111,15 @@ class Cost(NamedTuple):
     flops: int
 
 
-def kept(model: nn.Module, meshes: Mapping[str, Mesh], *, states: Mapping[str, int], dtype: torch.dtype) -> list[Kept]:
-    """What each rank keeps of a model that is cut into these parts.
+def memory(
+    model: nn.Module, meshes: Mapping[str, Mesh], *, states: Mapping[str, int], dtype: torch.dtype
+) -> list[RankMemory]:
+    """The memory of each rank for a sharded model.
 
     Args:
-        states: bytes of state that an element of each parameter has.
-        dtype: of the parameters.
+        meshes: the sharding of each parameter.
+        states: bytes of optimizer state for each element of a parameter.
+        dtype: the dtype of the parameters.
     """
     sums = [[0, 0, 0] for _ in next(iter(meshes.values())).ranks]
     for name, p in model.named_parameters():
@@ -114,80 +128,53 @@ def kept(model: nn.Module, meshes: Mapping[str, Mesh], *, states: Mapping[str, i
             of_rank[0] += size
             of_rank[1] += size * p.requires_grad
             of_rank[2] += numel * states[name]
-    return [Kept(*of_rank) for of_rank in sums]
+    return [RankMemory(*of_rank) for of_rank in sums]
 
 
-def costs(kept: Sequence[Kept], plans: Sequence[Plan], peaks: Sequence[Sequence[int]]) -> list[Cost]:
-    """The cost of each rank, of plans that are carried out one after another.
+def costs(memory: Sequence[RankMemory], plans: Sequence[Plan], peaks: Sequence[Sequence[int]]) -> list[RankCost]:
+    """The cost of each rank, for plans that are executed one after another.
 
     Args:
-        peaks: of each plan the :func:`buffers`.
+        peaks: the result of :func:`buffers` for each plan.
     """
     return [
-        Cost(
+        RankCost(
             *of_rank,
             max((peak[rank] for peak in peaks), default=0),
             sum(plan.received[rank] for plan in plans),
             sum(plan.flops[rank] for plan in plans),
         )
-        for rank, of_rank in enumerate(kept)
+        for rank, of_rank in enumerate(memory)
     ]
 
 
 @cache
 def local_sizes(shape: Shape, sharding: Sharding) -> list[int]:
-    """How many elements each rank holds."""
+    """The number of elements that each rank holds."""
     return [sum(prod(piece.size) for piece in sharding.pieces(shape, rank)) for rank in sharding.ranks]
 
 
 def buffers(plan: Plan, sizes: Sequence[int] | None = None) -> list[int]:
-    """Bytes of each rank at the peak of its exchange: directions, whole matrices, and what is being sent and received.
+    """The bytes of each rank at the peak of its exchange: directions, whole matrices, send and receive buffers.
 
-    As :class:`hf_cwd.distributed.exchange.Exchange` works on accelerators: while a round is worked on, either the
-    results of the one before or the parts of the one after are under way. The direction of a local tensor is there from
-    the first round of any of its matrices to the last. Without the orthogonalisation's own temporaries, and without
-    matrices that do not move.
+    It follows :class:`hf_cwd.distributed.exchange.Exchange` on accelerators. While a round is computed, either the
+    results of the round before or the parts of the round after are under way. The direction of a local tensor exists
+    from the first round of its matrices to the last. Temporaries of the orthogonalisation and matrices that do not move
+    are not counted.
 
     Args:
-        sizes: elements of the direction of each local tensor, alike on all ranks, which count even if nothing moves:
-            it is made as one, and may be most of what a rank has. None: each local tensor holds one parameter.
+        sizes: for flat tensors: the number of elements in the direction of each local tensor, the same on all ranks.
+            The direction of a flat tensor is one allocation, which counts even if nothing moves. None means that each
+            local tensor is one parameter.
     """
-    ranks = range(len(plan.received))
-    gathered, whole, returned = ([[0] * plan.rounds for _ in ranks] for _ in range(3))
-    # Directions that exist before, and after, the previous round's results have been taken.
-    before, after = ([[0] * (plan.rounds + 2) for _ in ranks] for _ in range(2))
-    alive: dict[tuple[int, int], list[int]] = {}
-    local: dict[int, Sequence[int]] = {}
-    for job in plan.jobs:
-        if job.round is None:
-            continue
-        entry, k = plan.entries[job.entry], job.round
-        if entry.source not in local:
-            of_each = local_sizes(entry.shape, entry.sharding) if sizes is None else [sizes[entry.source]] * len(ranks)
-            local[entry.source] = [numel * entry.dtype.itemsize for numel in of_each]
-        parts = {rank: numel * entry.dtype.itemsize for rank, numel in holders(entry, job).items()}
-        whole[job.owner][k] += job.numel * entry.dtype.itemsize
-        for table, others in ((gathered, sources(entry, job)), (returned, parts)):
-            for rank in others:
-                if rank != job.owner:
-                    table[rank][k] += parts[rank]
-        # The owner receives, and sends, what it does not hold; for other replicas it packs its own part once as well.
-        size = job.numel * entry.dtype.itemsize
-        gathered[job.owner][k] += size - parts[job.owner]
-        returned[job.owner][k] += size if len(job.serves) > 1 else size - parts[job.owner]
-        for rank in parts:
-            span = alive.setdefault((entry.source, rank), [k, k])
-            span[0], span[1] = min(span[0], k), max(span[1], k)
-    for (source, rank), (first, last) in alive.items():
-        for k in range(first, last + 2):
-            before[rank][k] += local[source][rank]
-        for k in range(max(first - 1, 0), last + 1):
-            after[rank][k] += local[source][rank]
+    jobs = [job for job in plan.jobs if job.round is not None]
+    whole, gathered, returned = _matrix_bytes(plan, jobs)
+    before, after = _direction_bytes(plan, jobs, sizes)
     dtypes = {entry.source: entry.dtype for entry in plan.entries}
     least = max((size * dtypes[source].itemsize for source, size in enumerate(sizes or ())), default=0)
     peaks = []
-    for rank in ranks:
-        # One more round at the end, in which nothing comes, and one before the first, of which nothing returns.
+    for rank in range(len(plan.received)):
+        # One more round at the end, which gathers nothing, and one before the first, which returns nothing.
         coming, back = [*gathered[rank], 0], [0, *returned[rank]]
         moments = [least]
         for k in range(plan.rounds):
@@ -195,3 +182,49 @@ def buffers(plan: Plan, sizes: Sequence[int] | None = None) -> list[int]:
             moments.append(whole[rank][k] + coming[k + 1] + back[k + 1] + after[rank][k])
         peaks.append(max(moments))
     return peaks
+
+
+RankRounds = list[list[int]]  # bytes by rank and round
+
+
+def _matrix_bytes(plan: Plan, jobs: Iterable[Job]) -> tuple[RankRounds, RankRounds, RankRounds]:
+    """The bytes of whole matrices, of the buffers that gather their parts, and of those that return the results."""
+    whole, gathered, returned = ([[0] * plan.rounds for _ in plan.received] for _ in range(3))
+    for job in jobs:
+        entry, k = plan.entries[job.entry], job.round
+        parts = {rank: numel * entry.dtype.itemsize for rank, numel in holders(entry, job).items()}
+        size = job.numel * entry.dtype.itemsize
+        whole[job.owner][k] += size
+        for buffers_of, ranks in ((gathered, sources(entry, job)), (returned, parts)):
+            for rank in ranks:
+                if rank != job.owner:
+                    buffers_of[rank][k] += parts[rank]
+        # The owner receives, and sends, what it does not hold. For other replicas it also packs its own part, once.
+        gathered[job.owner][k] += size - parts[job.owner]
+        returned[job.owner][k] += size if len(job.serves) > 1 else size - parts[job.owner]
+    return whole, gathered, returned
+
+
+def _direction_bytes(plan: Plan, jobs: Iterable[Job], sizes: Sequence[int] | None) -> tuple[RankRounds, RankRounds]:
+    """The bytes of directions in each round, before and after the results of the previous round are applied."""
+    rounds: dict[tuple[int, int], list[int]] = {}  # by local tensor and rank: the first and the last round that need it
+    local: dict[int, Sequence[int]] = {}
+    for job in jobs:
+        entry, k = plan.entries[job.entry], job.round
+        if entry.source not in local:
+            local[entry.source] = _local_bytes(entry, len(plan.received), sizes)
+        for rank in holders(entry, job):
+            span = rounds.setdefault((entry.source, rank), [k, k])
+            span[0], span[1] = min(span[0], k), max(span[1], k)
+    before, after = ([[0] * (plan.rounds + 2) for _ in plan.received] for _ in range(2))
+    for (source, rank), (first, last) in rounds.items():
+        for k in range(first, last + 2):
+            before[rank][k] += local[source][rank]
+        for k in range(max(first - 1, 0), last + 1):
+            after[rank][k] += local[source][rank]
+    return before, after
+
+
+def _local_bytes(entry: Entry, ranks: int, sizes: Sequence[int] | None) -> list[int]:
+    of_each = local_sizes(entry.shape, entry.sharding) if sizes is None else [sizes[entry.source]] * ranks
+    return [numel * entry.dtype.itemsize for numel in of_each]

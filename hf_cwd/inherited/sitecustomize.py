@@ -1,19 +1,19 @@
-"""Found on PYTHONPATH by the children of ``python -m hf_cwd``, which know its optimizer names as it does.
+"""Imports hf_cwd in child processes of ``python -m hf_cwd``, which find this file on PYTHONPATH.
 
-Any Python may be started with that PYTHONPATH, also version 2 and one without hf_cwd: it must not notice.
+Any Python may be started with that PYTHONPATH, also Python 2, or one without hf_cwd. It must run as usual.
 """
 
 import os
 import sys
 
-# A script finds sys.path as it is without us. PYTHONPATH keeps this directory, for the children of this process.
+# A script must not see this directory in sys.path. PYTHONPATH keeps it, for child processes.
 _here = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if entry != _here]
 
 
 def _import_hf_cwd():
-    # Another environment has an hf_cwd of its own, or none. In that of the parent it is the parent's, which is perhaps
-    # not installed: then the directory that it is in was the parent's working directory.
+    # Another environment uses its own hf_cwd, if any. The parent's environment uses the parent's hf_cwd. That one may
+    # not be installed, but imported from the parent's working directory, which is then added to sys.path.
     parents = os.environ.get("HF_CWD_PYTHON") == " ".join((sys.version.split()[0], sys.prefix))
     root = os.path.dirname(os.path.dirname(_here))
     is_added = parents and root not in sys.path
@@ -26,12 +26,12 @@ def _import_hf_cwd():
             sys.path.remove(root)
 
 
-_this = sys.modules.pop("sitecustomize", None)  # Python 2 would empty a module that nobody holds
+_this = sys.modules.pop("sitecustomize", None)  # Python 2 clears a module without references
 try:
-    import sitecustomize  # noqa: F401  the next one on the path; without one the error that Python expects then
+    import sitecustomize  # noqa: F401  the next one on the path; without one, Python expects this ImportError
 finally:
     if sys.version_info >= (3, 11):  # noqa: UP036
-        try:  # noqa: SIM105  contextlib takes longer to import than all of this
+        try:  # noqa: SIM105  importing contextlib takes longer than all of this
             _import_hf_cwd()
-        except Exception:  # whatever is wrong with it, a script that has no use for it must run
+        except Exception:  # scripts that do not need hf_cwd must run if it is broken
             pass

@@ -1,1 +1,1 @@
-"""Newton-Schulz orthogonalisation, and which matrices a parameter holds."""
+"""Newton-Schulz orthogonalisation, and the matrices that a parameter holds."""

@@ -13,17 +13,20 @@ Triple = tuple[float, float, float]
 
 
 def _safe(*table: Triple, margin: float = 1.01) -> tuple[Triple, ...]:
-    """The polynomials of ``s / margin``: what rounding leaves above 1 cannot run away. The last one is as it was."""
+    """The polynomials of ``s / margin``, so that singular values that rounding lifts above 1 do not diverge.
+
+    The last polynomial stays unchanged.
+    """
     return *((a / margin, b / margin**3, c / margin**5) for a, b, c in table[:-1]), table[-1]
 
 
-# One (a, b, c) for each iteration; the last one is repeated when there are more iterations than entries.
+# One (a, b, c) for each iteration. Further iterations repeat the last one.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
-    # Keller Jordan's quintic (kellerjordan.github.io/posts/muon), the constants of torch.optim.Muon: the steepest slope
-    # at zero, with singular values left in about [0.68, 1.14] instead of at 1.
+    # Keller Jordan's quintic (kellerjordan.github.io/posts/muon), the constants of torch.optim.Muon. It has a steep
+    # slope at zero, and leaves singular values in about [0.68, 1.14] instead of at 1.
     "quintic": ((3.4445, -4.7750, 2.0315),),
-    # The Polar Express (arXiv 2505.16932, Algorithm 1): each polynomial is the best for what the ones before it leave
-    # of [0.001, 1]. Five iterations leave what is in [0.002, 1.01] in [0.87, 1.13], seven within 1e-5 of 1.
+    # The Polar Express (arXiv 2505.16932, Algorithm 1): each polynomial is optimal for the interval to which the ones
+    # before it map [0.001, 1]. Five iterations map [0.002, 1.01] into [0.87, 1.13], seven within 1e-5 of 1.
     "polar_express": _safe(
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -38,17 +41,18 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 FORMS = ("auto", "standard", "gram")
 
-# The gram form makes X X^T anew after so many iterations: rounding gives it negative eigenvalues, which grow by a^2 in
-# each iteration but the last. With three in bfloat16 nothing is left of some spectra, with two the error is X's own.
+# The gram form computes X X^T again after this many iterations. Rounding gives R negative eigenvalues, and each
+# iteration but the last multiplies them by a^2. In bfloat16, three iterations destroy some spectra; with two, the error
+# is no more than that of rounding X.
 RESTART = 2
-# Only the first time three do no harm, where they grow by no more than this, a_1^2 a_2^2: by 141 under the quintic, but
-# by 1112 under the Polar Express. The spectra are in tests/newton_schulz/test_gram.py.
+# The first block may have three iterations if they multiply these eigenvalues by a_1^2 a_2^2 of at most this. That is
+# 141 for the quintic, but 1112 for the Polar Express. The spectra are in tests/newton_schulz/test_gram.py.
 GROWTH = 150.0
 
-# From so many rows on, CUDA devices compute only half of each symmetric product; with fewer, launching it costs more.
+# CUDA devices compute only half of a symmetric product of this many rows or more; for fewer, the launch costs more.
 HALVED_ROWS = 768
 
-# CPUs compute symmetric products of at least two strips of so many rows in strips that end at the diagonal.
+# CPUs compute a symmetric product of at least two strips of this many rows in strips that end at the diagonal.
 STRIP = 256
 
 
@@ -68,21 +72,22 @@ def newton_schulz(
         A <- X X^T
         X <- a X + (b A + c A^2) X
 
-    The ``gram`` form does two or three of these iterations on the small ``R = X X^T`` before it goes back to X::
+    The ``gram`` form computes two or three of these iterations on the small ``R = X X^T`` before it returns to X::
 
         R <- X X^T,  Q <- I
         repeat:  Z <- b R + c R^2,  Q <- a Q + Q Z,  R <- (a I + Z) R (a I + Z)
         X <- Q X
 
-    They are equal but for rounding. The gram form costs less where X is more than 1.5 times as long as it is short, and
-    ``auto`` is the one of fewer operations. With more rows than columns both work on ``X^T X`` from the right. All of
-    A, R, Z and Q are symmetric; large ones are computed by about half (CUDA: :mod:`hf_cwd.newton_schulz.symmetric`).
+    The forms are equal up to rounding. The gram form costs less if the long side of X is more than 1.5 times its short
+    side; ``auto`` chooses the form with fewer operations. With more rows than columns both multiply from the right,
+    with ``X^T X``. A, R, Z and Q are symmetric, and only about half of a large one is computed (on CUDA by
+    :mod:`hf_cwd.newton_schulz.symmetric`).
 
     Args:
         matrix: ``(..., rows, columns)``; leading dimensions are a batch of independent matrices. Not mutated.
         coefficients: name in ``COEFFICIENTS`` or a sequence of ``(a, b, c)``, one for each iteration.
         steps: number of iterations.
-        eps: smallest norm divided by, so that a zero matrix stays zero.
+        eps: lower bound of the norm that X is divided by, so that a zero matrix stays zero.
         dtype: dtype of the iteration.
         form: one of ``FORMS``.
 
@@ -110,7 +115,7 @@ def newton_schulz(
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     if not x.is_cpu:
         return run(x, table).reshape(matrix.shape)
-    # A CPU gains nothing by a batch, and loses what one matrix keeps in its caches.
+    # On a CPU a batch is not faster, and one matrix at a time stays in the caches.
     results = [run(one, table) for one in x]
     return (results[0] if len(results) == 1 else torch.stack(results)).reshape(matrix.shape)
 
@@ -123,21 +128,21 @@ def flops(
     steps: int = 5,
     form: str = "auto",
 ) -> int:
-    """Floating-point operations of :func:`newton_schulz` of one matrix, all elements of symmetric products counted."""
+    """The floating-point operations of :func:`newton_schulz` for one matrix; symmetric products count in full."""
     table = _table(coefficients, steps)
     return _flops(rows, columns, table, _form(rows, columns, table, form))
 
 
 def _flops(rows: int, columns: int, table: Sequence[Triple], form: str) -> int:
     short, long = sorted((rows, columns))
-    # X X^T and the product with X; on matrices of the short side, one product an iteration, in the gram form also two
-    # for R and one for Q in all but the last of a block.
+    # Each block computes X X^T and a product with X. Each iteration computes one product of short matrices, and in the
+    # gram form, except for the last iteration of a block, two more for R and one for Q.
     blocks = [1] * len(table) if form == "standard" else _blocks(table)
     return sum(4 * short**2 * long + 2 * short**3 * (4 * count - 3) for count in blocks)
 
 
 def _form(rows: int, columns: int, table: Sequence[Triple], form: str) -> str:
-    """The form that runs: by shape and coefficients alone, so that all ranks, devices and batches have the same."""
+    """The form that runs. It depends on shape and coefficients only, so that all ranks, devices and batches agree."""
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not valid: form is one of {', '.join(FORMS)}")
     if form != "auto":
@@ -146,7 +151,7 @@ def _form(rows: int, columns: int, table: Sequence[Triple], form: str) -> str:
 
 
 def _blocks(table: Sequence[Triple]) -> list[int]:
-    """How many iterations the gram form does each time before it goes back to X."""
+    """The numbers of iterations after which the gram form returns to X."""
     steps = len(table)
     first = RESTART + 1 if steps > RESTART and (table[0][0] * table[1][0]) ** 2 <= GROWTH else RESTART
     ends = [0, *range(first, steps, RESTART), steps]
@@ -154,7 +159,7 @@ def _blocks(table: Sequence[Triple]) -> list[int]:
 
 
 def singular_value(value: float, *, coefficients: str | Sequence[Triple], steps: int) -> float:
-    """What :func:`newton_schulz` makes of a singular value of ``M / |M|_F`` without rounding."""
+    """The value to which :func:`newton_schulz` maps a singular value of ``M / |M|_F``, without rounding."""
     for a, b, c in _table(coefficients, steps):
         square = value * value
         value *= a + b * square + c * square * square
@@ -187,7 +192,7 @@ def _gram(x: Tensor, table: Sequence[Triple]) -> Tensor:
 
 
 def _polynomial(r: Tensor, table: Sequence[Triple]) -> Tensor:
-    """The matrix by which the iterations of ``table`` multiply X, where ``r = X X^T``."""
+    """The matrix Q with which the iterations of ``table`` multiply X, for ``r = X X^T``."""
     q = None
     for i, (a, b, c) in enumerate(table):
         z = _product(r, r, plus=r, beta=b, alpha=c)
@@ -207,7 +212,7 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _gram_matrix(x: Tensor) -> Tensor:
-    """``X X^T``, or ``X^T X`` of a matrix with more rows than columns."""
+    """``X X^T``, or ``X^T X`` if the matrix has more rows than columns."""
     x = x if _is_wide(x) else x.mT
     if _in_strips(x):
         return _strips(x, x)
@@ -216,7 +221,7 @@ def _gram_matrix(x: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, *, plus: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """``beta plus + alpha left right`` of symmetric matrices that commute, which is symmetric too."""
+    """``beta plus + alpha left right`` for symmetric matrices that commute; the result is symmetric too."""
     if _in_strips(left):
         return _strips(left, right, plus=plus, beta=beta, alpha=alpha)
     halves = _halves(left)
@@ -237,22 +242,22 @@ def _in_strips(x: Tensor) -> bool:
 def _strips(
     left: Tensor, right: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
-    """``beta plus + alpha left right^T``, known to be symmetric: the lower triangle in strips, and its mirror image."""
+    """``beta plus + alpha left right^T``, which must be symmetric: computes the lower triangle and mirrors it."""
     rows = left.size(0)
     result = left.new_empty(rows, rows)
     for top in range(0, rows, STRIP):
         end = min(top + STRIP, rows)
-        strip, others = result[top:end, :end], right[:end].mT
+        strip, columns = result[top:end, :end], right[:end].mT
         if plus is None:
-            torch.mm(left[top:end], others, out=strip)
+            torch.mm(left[top:end], columns, out=strip)
         else:
-            torch.addmm(plus[top:end, :end], left[top:end], others, beta=beta, alpha=alpha, out=strip)
+            torch.addmm(plus[top:end, :end], left[top:end], columns, beta=beta, alpha=alpha, out=strip)
         result[:top, top:end] = result[top:end, :top].mT
     return result
 
 
 def _halves(x: Tensor) -> Any:
-    """The kernels that compute half of a symmetric product with the rows of X, None where there are none."""
+    """The kernels that compute half of a symmetric product with the rows of X; None if they do not apply."""
     if x.is_cuda and x.size(-2) >= HALVED_ROWS and x.dtype in (torch.bfloat16, torch.float16):
         return _kernels()
     return None

@@ -24,7 +24,7 @@ from hf_cwd.distributed.rank_groups import RankGroup
 from hf_cwd.distributed.schedule import Batch, Round
 from hf_cwd.kernels.eager import wide
 from hf_cwd.kernels.interface import Item, Settings
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.original_params import Origins
 from hf_cwd.optim.state import advance, pieces
 from hf_cwd.optim.statistics import StepStatistics
@@ -56,8 +56,8 @@ class Member(NamedTuple):
         return RULES[self.group["algorithm"]]
 
     @property
-    def layout(self) -> Layout:
-        return Layout() if self.group["layout"] is None else Layout(**self.group["layout"])
+    def layout(self) -> MatrixLayout:
+        return MatrixLayout() if self.group["layout"] is None else MatrixLayout(**self.group["layout"])
 
 
 class _Kind(NamedTuple):
@@ -88,7 +88,7 @@ class PreparedExchange:
         caches: of the kernels, by the first member of a call.
     """
 
-    made_for: list[tuple[int, Stage, Layout]]
+    made_for: list[tuple[int, Stage, MatrixLayout]]
     exchange: Exchange
     kinds: list[_Kind]
     shared: list[Entry]
@@ -218,7 +218,7 @@ class MatrixStep:
         return rank_groups.alone()
 
     def _made(
-        self, members: Sequence[Member], group: RankGroup, made_for: list[tuple[int, Stage, Layout]]
+        self, members: Sequence[Member], group: RankGroup, made_for: list[tuple[int, Stage, MatrixLayout]]
     ) -> PreparedExchange:
         sources = [
             Source(
@@ -419,7 +419,7 @@ def _nothing() -> None:
 def _kind(member: Member, stage: Stage, device: str) -> _Kind:
     flat, p = member.flat, member.param
     shapes = [tuple(p.shape)] if flat is None else [flat.params[fragment.param].shape for fragment in flat.fragments]
-    scales = tuple(stage.scale(shape) if member.layout == Layout() else 1.0 for shape in shapes)
+    scales = tuple(stage.scale(shape) if member.layout == MatrixLayout() else 1.0 for shape in shapes)
     return _Kind(member.rule, stage.wire(wide(p.dtype), device), scales)
 
 

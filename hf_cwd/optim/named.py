@@ -74,7 +74,7 @@ class CWDMuon(CWDOptimizer):
 
     The recursion is that of :mod:`hf_cwd.rules.muon`; argument names and their order are torch.optim.Muon's, whose
     state dicts load here. A Muon group takes 2-D parameters, and with a ``layout`` those that hold several matrices
-    (:class:`hf_cwd.newton_schulz.matrices.Layout`); ``routing=hf_cwd.route(model)`` makes the groups, and gives
+    (:class:`hf_cwd.newton_schulz.matrices.MatrixLayout`); ``routing=hf_cwd.route(model)`` makes the groups, and gives
     embeddings, heads and vectors to some with ``algorithm="adamw"``. States: ``step``, ``exp_avg``; those of AdamW in
     its groups.
 

@@ -78,8 +78,8 @@ class CWDOptimizer(torch.optim.Optimizer):
     A group's ``algorithm`` key names its rule, so that several rules can share one optimizer. Groups are plain
     torch.optim groups otherwise: every hyper-parameter is a key, read at each step, and schedulers may change it. In a
     group of a rule for matrices, ``layout`` None stands for plain 2-D matrices; a dict holds the arguments of the
-    :class:`hf_cwd.newton_schulz.matrices.Layout` by which the group's parameters hold several matrices, or hold them
-    otherwise.
+    :class:`hf_cwd.newton_schulz.matrices.MatrixLayout` by which the group's parameters hold several matrices, or hold
+    them otherwise.
 
     Parameters may be plain tensors, DTensors (FSDP2, tensor parallelism), or such that DeepSpeed's ZeRO makes flat
     tensors of. Element-wise rules step whatever part of a parameter a rank holds. Rules for matrices exchange the parts

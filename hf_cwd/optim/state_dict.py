@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_cwd.distributed.dtensor import is_dtensor, local
 from hf_cwd.kernels.addresses import is_plain, overlaps_itself
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.original_params import changed
 from hf_cwd.optim.state import REMAINDER
 from hf_cwd.optim.state import keys as state_keys
@@ -195,8 +195,8 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
-def _layout(group: Mapping[str, Any]) -> Layout | None:
-    return None if group.get("layout") is None else Layout(**group["layout"])
+def _layout(group: Mapping[str, Any]) -> MatrixLayout | None:
+    return None if group.get("layout") is None else MatrixLayout(**group["layout"])
 
 
 def _adopt_state(saved: Mapping[str, Any], rule: Rule, keys: tuple[str, ...], name: str, p: Tensor) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from hf_cwd.distributed.dtensor import is_dtensor
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 
 def check_layout(layout: Any, name: str, shape: tuple[int, ...]) -> None:
     try:
-        Layout(**layout).check(shape)  # TypeError: no dict, or a key that a Layout has not
+        MatrixLayout(**layout).check(shape)  # TypeError: no dict, or a key that a MatrixLayout has not
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} does not fit the group's layout={layout!r}: {error}") from None
 

@@ -1,1 +1,1 @@
-"""A report of training runs: one HTML page and its pictures, from what the Trainer leaves in a run's directory."""
+"""A report of training runs: an HTML page and its charts, from the files that the Trainer writes."""

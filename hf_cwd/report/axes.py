@@ -1,4 +1,4 @@
-"""What is around the curves of a picture: scales, ticks and labels."""
+"""The axes of a chart: scales, ticks and labels."""
 
 import math
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from hf_cwd.report.chart_list import Chart
 from hf_cwd.report.measures import OF_STEPS
 from hf_cwd.report.numbers import PERCENT, SHARE
-from hf_cwd.report.plan import Chart
 from hf_cwd.report.read import Run
 from hf_cwd.report.svg import INK
 
-DECADES = 2  # of each curve that is scaled by a learning rate: one that ends at 0 would take as many as there are
+DECADES = 2  # shown of a curve that is scaled by the learning rate; one that ends at 0 would need a huge axis
 
 
 def dress(axes: Axes, chart: Chart, runs: Sequence[Run]) -> None:
-    """Gives `axes` with the curves of `chart` their scale, ticks and labels. A row of pictures has one scale."""
+    """Sets scale, ticks and labels of `axes` for the curves of `chart`. The charts of a row have the same scale."""
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("" if chart.row else chart.unit)  # a row says it above
+    axes.set_ylabel("" if chart.row else chart.unit)  # the title of a row has the unit
     axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     every = [run.series(key).after(chart.since).values for run in runs for key in chart.row or (chart.key,)]
@@ -33,19 +33,23 @@ def dress(axes: Axes, chart: Chart, runs: Sequence[Run]) -> None:
     elif values and chart.row:
         margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
         axes.set_ylim(min(values) - margin, max(values) + margin)
-    if chart.measure.kind in (PERCENT, SHARE) and values and max(map(abs, values)) <= 1:
-        share = chart.measure.kind is SHARE
+    _set_formatters(axes, chart, values)
+    if not values:
+        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center")
+
+
+def _set_formatters(axes: Axes, chart: Chart, values: Sequence[float]) -> None:
+    if chart.measure.format in (PERCENT, SHARE) and values and max(map(abs, values)) <= 1:
+        share = chart.measure.format is SHARE
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}%") if share else PercentFormatter(1.0))
     elif axes.get_yscale() == "linear" and values and max(map(abs, values)) >= 1e4:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     if axes.get_xlim()[1] >= 1e4:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if not values:
-        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center")
 
 
 def _spans_decades(chart: Chart, values: Sequence[float]) -> bool:
-    """Whether the axis is to be logarithmic. The zeros of a learning rate of 0 have no place on it, and need none."""
+    """Whether the axis should be logarithmic. Zeros that come from a learning rate of 0 do not count."""
     values = [v for v in values if v != 0 or not chart.measure.scaled]
     return chart.measure.spans and bool(values) and min(values) > 0 and max(values) / min(values) > 15
 
@@ -53,7 +57,7 @@ def _spans_decades(chart: Chart, values: Sequence[float]) -> bool:
 def _logarithmic(axes: Axes, chart: Chart, curves: Sequence[Sequence[float]]) -> None:
     axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the usual one needs math text
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the default needs math text
     axes.yaxis.set_minor_formatter(NullFormatter())
     positive = [curve for values in curves if (curve := [v for v in values if v > 0])]
     decades = DECADES if chart.measure.scaled else math.inf

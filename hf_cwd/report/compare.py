@@ -1,4 +1,4 @@
-"""Runs side by side: which settings differ, what differs only in the seed, and what can be said of two settings."""
+"""Compares runs: which settings differ, which runs differ only in their seed, and which differences are significant."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from hf_cwd.report.read import Run, without_seed
 from hf_cwd.report.series import mean
 
 
-class Setting(NamedTuple):
-    """Runs that differ only in the seed; `members` are their places in the list of runs."""
+class SeedGroup(NamedTuple):
+    """Runs that differ only in their seed; `members` are their positions in the list of runs."""
 
     label: str
     members: list[int]
 
 
 class Paired(NamedTuple):
-    """Two settings over the seeds that both have: the mean of the differences, and its 95 % confidence interval.
+    """Two groups compared over their common seeds: the mean difference, and its 95 % confidence interval.
 
-    `low` and `high` are None of fewer than two seeds; `left_out` are common seeds with a value that is not finite.
+    `low` and `high` are None for fewer than two seeds. `left_out` are common seeds with a value that is not finite.
     """
 
     seeds: list[int]
@@ -29,8 +29,8 @@ class Paired(NamedTuple):
     left_out: list[int]
 
 
-def settings(runs: Sequence[Run]) -> list[Setting]:
-    """Runs by their settings, in the order of the runs. A run whose seed is not known stands for itself."""
+def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
+    """Groups runs that differ only in their seed, in the order of the runs. A run without a known seed is a group."""
     by_identity: dict[tuple[Any, ...], list[int]] = {}
     for place, run in enumerate(runs):
         by_identity.setdefault(run.identity if run.seed is not None else (place,), []).append(place)
@@ -38,49 +38,50 @@ def settings(runs: Sequence[Run]) -> list[Setting]:
     labels = [_common_name(runs, members) for members in groups]
     if len(set(labels)) < len(labels):
         labels = [runs[members[0]].name for members in groups]
-    return [Setting(label, members) for label, members in zip(labels, groups, strict=True)]
+    return [SeedGroup(label, members) for label, members in zip(labels, groups, strict=True)]
 
 
 def _common_name(runs: Sequence[Run], members: Sequence[int]) -> str:
-    """The name that all members have but for the seed in it; else the first one's."""
+    """The name of all members without the seed in it, if that is the same; else the name of the first one."""
     names = {without_seed(runs[place].name) for place in members}
     return names.pop() if len(members) > 1 and len(names) == 1 and "" not in names else runs[members[0]].name
 
 
 def differing(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Settings that differ, with a value for each run (None: not set, or not known), and those that do not.
+    """The settings that differ, with a value for each run (None: not set, or unknown), and the settings in common.
 
-    What a run says nothing of is a difference only if its record would say it: if another run's does.
+    A missing value is a difference only if the run has a record, and the record of another run has the setting.
     """
-    rows = {key: [run.settings.get(key) for run in runs] for key in dict.fromkeys(k for r in runs for k in r.settings)}
+    keys = dict.fromkeys(key for run in runs for key in run.settings.values)
+    rows = {key: [run.settings.values.get(key) for run in runs] for key in keys}
     apart, common = {}, {}
     for key, values in rows.items():
-        recorded = any(run.recorded and key in run.known.own for run in runs)
-        known = [v for v, run in zip(values, runs, strict=True) if v is not None or (recorded and run.recorded)]
-        if any(value != known[0] for value in known):
+        recorded = any(run.recorded and key in run.settings.own for run in runs)
+        comparable = [v for v, run in zip(values, runs, strict=True) if v is not None or (recorded and run.recorded)]
+        if any(value != comparable[0] for value in comparable):
             apart[key] = values
         else:
-            common[key] = known[0]
+            common[key] = comparable[0]
     return apart, common
 
 
-def by_seed(runs: Sequence[Run], setting: Setting, values: Sequence[float | None]) -> dict[int | None, float]:
-    """The value of each seed, of runs that came to their end; of several with one seed, their mean."""
-    found: dict[int | None, list[float]] = {}
-    for place in setting.members:
+def by_seed(runs: Sequence[Run], group: SeedGroup, values: Sequence[float | None]) -> dict[int | None, float]:
+    """The value of each seed, for finished runs; the mean of several runs with the same seed."""
+    of_seed: dict[int | None, list[float]] = {}
+    for place in group.members:
         value = values[place]
         if value is not None and runs[place].finished:
-            found.setdefault(runs[place].seed, []).append(value)
-    return {seed: mean(many) for seed, many in found.items()}
+            of_seed.setdefault(runs[place].seed, []).append(value)
+    return {seed: mean(many) for seed, many in of_seed.items()}
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation; None of fewer than two values or of one that is not finite."""
+    """The sample standard deviation; None for fewer than two values, or if one is not finite."""
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 def paired(one: Mapping[int | None, float], base: Mapping[int | None, float]) -> Paired:
-    """`one` less `base`, over their common seeds.
+    """`one` minus `base`, over their common seeds.
 
     >>> paired({1: 1.0, 2: 3.0, 3: 2.0}, {1: 0.0, 2: 0.0, 3: 0.0})._asdict()["difference"]
     2.0
@@ -99,9 +100,9 @@ def paired(one: Mapping[int | None, float], base: Mapping[int | None, float]) ->
 
 
 def t_quantile(df: int, confidence: float = 0.95) -> float:
-    """The t with P(|T| < t) = `confidence`, of Student's distribution with `df` degrees of freedom.
+    """The t with P(|T| < t) = `confidence`, for Student's distribution with `df` degrees of freedom.
 
-    By bisection of the finite sums for whole `df` (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    It bisects the finite sums for integer `df` (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
     >>> [round(t_quantile(df), 3) for df in (1, 2, 3, 10, 30)]
     [12.706, 4.303, 3.182, 2.228, 2.042]

@@ -1,24 +1,24 @@
-"""The final figures of a run: what its log comes to."""
+"""The final figures of runs, computed from their logs."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hf_cwd.report.measures import in_order, is_evaluation, measure_of
-from hf_cwd.report.numbers import COUNT, LOSS, PLAIN, RATE, TIME, Kind
+from hf_cwd.report.numbers import COUNT, LOSS, PLAIN, RATE, TIME, NumberFormat
 from hf_cwd.report.read import Run
 from hf_cwd.report.series import Series, mean, number
 
 
 class Figure(NamedTuple):
-    """One column of a table: a value for each run, None where a run does not have it."""
+    """A column of a table: a value for each run, None for a run without one."""
 
     key: str
     label: str
-    kind: Kind
+    format: NumberFormat
     values: list[float | None]
-    about: str = "model"  # which table it is in: "model", "updates" or "speed"
-    quality: bool = False  # of the trained model: worth comparing over seeds
+    about: str = "model"  # the table that it is in: "model", "updates" or "speed"
+    quality: bool = False  # whether it measures the quality of the model, and is compared over seeds
 
 
 def logged_keys(runs: Iterable[Run]) -> list[str]:
@@ -36,14 +36,14 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     evaluations = sorted(filter(is_evaluation, keys), key=lambda key: (key != "eval_loss", not key.endswith("_loss")))
     for key in evaluations:
         measure = measure_of(key)
-        table.append(Figure(key, measure.title, measure.kind, [_last(r, key) for r in runs], quality=True))
+        table.append(Figure(key, measure.title, measure.format, [_last(r, key) for r in runs], quality=True))
         if key == "eval_loss":
             table.append(Figure("lowest", "Lowest evaluation loss", LOSS, [_lowest(run) for run in runs]))
     table.append(_result(runs, "perplexity", "Perplexity", PLAIN)._replace(quality=True))
     table += [of_key(runs, key)._replace(about="updates") for key in (*in_order(keys), "grad_norm")]
     table += _speeds(runs)
     if _values(table, "lowest") == _values(table, "eval_loss"):
-        table = [figure for figure in table if figure.key != "lowest"]  # the last one was the best of every run
+        table = [figure for figure in table if figure.key != "lowest"]  # every run ended with its best one
     return [figure for figure in table if any(value is not None for value in figure.values)]
 
 
@@ -54,9 +54,9 @@ def _values(table: Iterable[Figure], key: str) -> list[float | None] | None:
 def _speeds(runs: Sequence[Run]) -> list[Figure]:
     summaries = [next((e for e in reversed(run.history) if "train_loss" in e), {}) for run in runs]
 
-    def of_summary(key: str, label: str, kind: Kind) -> Figure:
+    def of_summary(key: str, label: str, number_format: NumberFormat) -> Figure:
         values = [_value(s.get(key, run.results.get(key))) for s, run in zip(summaries, runs, strict=True)]
-        return Figure(key, label, kind, values, "speed")
+        return Figure(key, label, number_format, values, "speed")
 
     tokens = [_last(run, "num_input_tokens_seen") for run in runs]
     speeds = [
@@ -78,7 +78,7 @@ def _speeds(runs: Sequence[Run]) -> list[Figure]:
 
 
 def of_key(runs: Sequence[Run], key: str) -> Figure:
-    """What the values logged under `key` come to."""
+    """The figure that summarises the values logged under `key`."""
     measure, many = measure_of(key), [run.series(key) for run in runs]
     words, reduce = {
         "last": ("", lambda series: series.values[-1]),
@@ -86,11 +86,11 @@ def of_key(runs: Sequence[Run], key: str) -> Figure:
         "tenth": (" (last 10 %)", Series.last_tenth),
     }[measure.final]
     values = [reduce(series) if series.steps else None for series in many]
-    return Figure(key, measure.title + words, measure.kind, values)
+    return Figure(key, measure.title + words, measure.format, values)
 
 
-def _result(runs: Sequence[Run], key: str, label: str, kind: Kind) -> Figure:
-    return Figure(key, label, kind, [_value(run.results.get(key)) for run in runs])
+def _result(runs: Sequence[Run], key: str, label: str, number_format: NumberFormat) -> Figure:
+    return Figure(key, label, number_format, [_value(run.results.get(key)) for run in runs])
 
 
 def _last(run: Run, key: str) -> float | None:
@@ -103,7 +103,7 @@ def _lowest(run: Run) -> float | None:
 
 
 def _evaluating(run: Run) -> float | None:
-    """Seconds of the evaluations on the way, which the Trainer counts as training; not of one after it."""
+    """The seconds of evaluations during training, which the Trainer counts as training time."""
     ends = [i for i, entry in enumerate(run.history) if "train_loss" in entry]
     if not ends:
         return None

@@ -1,28 +1,31 @@
-"""What the logged numbers are: in words, in which unit, and over which part of the model."""
+"""Descriptions of the logged numbers: title, unit, format, and scope (a rule, a parameter group, or all)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hf_cwd.report.numbers import COUNT, LOSS, PERCENT, PLAIN, SHARE, Kind
+from hf_cwd.report.numbers import COUNT, LOSS, PERCENT, PLAIN, SHARE, NumberFormat
 
 CWD = "cwd/"
-STEP = "cwd/step"  # the step that the other cwd/ values of an entry are of, where it is not the entry's own
+STEP = "cwd/step"  # the step of an entry's cwd/ values, if it differs from the entry's own step
 FRACTION = "cwd/decayed_fraction"
 SPEEDS = ("_per_second", "_runtime")
 RULES = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sgd": "SGD"}
 
 
 class Measure(NamedTuple):
-    """One kind of number that the Trainer logs.
+    """A number that the Trainer logs.
 
-    `about` is a line on what it means. `noisy` values are smoothed in charts. `spans` are those whose axis may be
-    logarithmic; what is `scaled` by the learning rate ends at 0 where that does, and has an axis of two decades only.
-    `final`: a table has the mean over the "run" or over its last "tenth", or the "last" value.
+    Attributes:
+        about: one line that explains it.
+        noisy: whether charts smooth it.
+        spans: whether its axis may be logarithmic.
+        scaled: whether the learning rate is a factor of it. It may then end at 0, and its axis shows two decades only.
+        final: what tables show: the mean over the "run" or over its last "tenth", or the "last" value.
     """
 
     title: str
     unit: str
-    kind: Kind = PLAIN
+    format: NumberFormat = PLAIN
     about: str = ""
     noisy: bool = True
     spans: bool = True
@@ -38,45 +41,61 @@ KNOWN = {
     ),
     "num_input_tokens_seen": Measure("Input tokens seen", "tokens", noisy=False, spans=False),
     "cwd/skipped_steps": Measure(
-        "Skipped steps", "steps so far", COUNT, "Steps left out because gradients were not finite.",
-        noisy=False, spans=False, final="last",
+        "Skipped steps",
+        "steps so far",
+        COUNT,
+        "Steps left out because gradients were not finite.",
+        noisy=False,
+        spans=False,
+        final="last",
     ),
-}  # fmt: skip
-# Under cwd/ for all parameters; with cwd_log=groups also for each rule and each parameter group.
+}
+# Logged as cwd/<name> for all parameters, with cwd_log=groups also for each rule and each parameter group.
 OF_STEPS = {
     "decayed_fraction": Measure(
-        "Decayed fraction", "elements decayed", PERCENT,
+        "Decayed fraction",
+        "elements decayed",
+        PERCENT,
         "Share of the elements with a weight decay that a logged step decays. Plain decay decays all of them.",
         final="run",
     ),
     "effective_decay": Measure(
-        "Effective decay", "of the norm, a step", SHARE,
+        "Effective decay",
+        "of the norm, a step",
+        SHARE,
         "Share of the weights' norm that one step's decay takes. Plain decay takes learning rate times weight decay.",
-        noisy=False, scaled=True, final="run",
+        noisy=False,
+        scaled=True,
+        final="run",
     ),
     "update_to_weight": Measure(
-        "Update-to-weight ratio", "norm of update / norm of weights", PLAIN,
+        "Update-to-weight ratio",
+        "norm of update / norm of weights",
+        PLAIN,
         "How far one step moves the weights: the update with its learning rate, without decay.",
-        noisy=False, scaled=True, final="run",
+        noisy=False,
+        scaled=True,
+        final="run",
     ),
     "update_rms": Measure(
-        "Update RMS", "root mean square", PLAIN, "Size of an element of the update, before the learning rate.",
+        "Update RMS", "root mean square", PLAIN, "Size of an element of the update, before the learning rate."
     ),
-    "weight_rms": Measure(
-        "Weight RMS", "root mean square", PLAIN, "Size of an element of the weights.", noisy=False,
-    ),
+    "weight_rms": Measure("Weight RMS", "root mean square", PLAIN, "Size of an element of the weights.", noisy=False),
     "orthogonality_error": Measure(
-        "Orthogonality error", "RMS of (singular value)² - 1", PLAIN,
+        "Orthogonality error",
+        "RMS of (singular value)² - 1",
+        PLAIN,
         "Of one orthogonalised update, another matrix each time. 0 if all singular values are 1, which a few steps of "
-        "Newton-Schulz do not reach.", final="run",
+        "Newton-Schulz do not reach.",
+        final="run",
     ),
-}  # fmt: skip
+}
 
 
-def part_of(key: str) -> str:
-    """The rule or parameter group that a key is of; empty where it is of all.
+def scope_of(key: str) -> str:
+    """The rule or parameter group of a key; empty if the key covers all parameters.
 
-    >>> part_of("cwd/muon/update_rms"), part_of("cwd/update_rms"), part_of("loss")
+    >>> scope_of("cwd/muon/update_rms"), scope_of("cwd/update_rms"), scope_of("loss")
     ('muon', '', '')
     """
     names = key.split("/")
@@ -84,14 +103,14 @@ def part_of(key: str) -> str:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Those under cwd/ and of all parameters, but for the number of the step; known ones first."""
-    known = [CWD + name for name in OF_STEPS]
-    own = [key for key in keys if key.startswith(CWD) and not part_of(key) and key != STEP]
-    return [key for key in known if key in own] + [key for key in own if key not in known]
+    """The keys under cwd/ for all parameters, except the step's number. Those of this package come first."""
+    ours = [CWD + name for name in OF_STEPS]
+    logged = [key for key in keys if key.startswith(CWD) and not scope_of(key) and key != STEP]
+    return [key for key in ours if key in logged] + [key for key in logged if key not in ours]
 
 
 def measure_of(key: str) -> Measure:
-    """What the values under `key` are; for a key that nobody knows, what its name says.
+    """The measure of the values under `key`. For an unknown key it is derived from the name.
 
     >>> measure_of("cwd/muon/update_rms").title, measure_of("eval_token_accuracy").title, measure_of("my_metric").title
     ('Update RMS', 'Evaluation token accuracy', 'My metric')
@@ -101,24 +120,24 @@ def measure_of(key: str) -> Measure:
         return KNOWN[key]
     if key.startswith(CWD) and last in OF_STEPS:
         return OF_STEPS[last]
-    kind = LOSS if key.endswith("_loss") else PERCENT if key.endswith(("_fraction", "accuracy")) else PLAIN
+    number_format = LOSS if key.endswith("_loss") else PERCENT if key.endswith(("_fraction", "accuracy")) else PLAIN
     for prefix, name in (("eval_", "Evaluation "), (CWD, "CWD: ")):
         if key.startswith(prefix) and len(key) > len(prefix):
             words = key.removeprefix(prefix).replace("_", " ")
-            return Measure(name + words, words, kind, noisy=prefix == CWD)
+            return Measure(name + words, words, number_format, noisy=prefix == CWD)
     rate = "learning_rate" in key or "decay" in key
     words = key.replace("_", " ")
-    return Measure(words[:1].upper() + words[1:], words or "value", kind, noisy=not rate, spans=not rate)
+    return Measure(words[:1].upper() + words[1:], words or "value", number_format, noisy=not rate, spans=not rate)
 
 
 def is_evaluation(key: str) -> bool:
-    """Whether `key` is a figure of an evaluation, not of how long it took."""
+    """Whether `key` is a result of an evaluation, not its duration."""
     return key.startswith("eval_") and not key.endswith(SPEEDS) and key != "eval_model_preparation_time"
 
 
-def part_in_words(part: str) -> str:
+def scope_in_words(scope: str) -> str:
     """
-    >>> part_in_words("muon"), part_in_words("group_1")
+    >>> scope_in_words("muon"), scope_in_words("group_1")
     ('Muon', 'Parameter group 1')
     """
-    return RULES.get(part) or part.replace("group_", "Parameter group ")
+    return RULES.get(scope) or scope.replace("group_", "Parameter group ")

@@ -1,15 +1,15 @@
-"""Numbers as a reader wants them: as many digits as mean something, a real minus sign, and units."""
+"""Formats numbers for readers: significant digits, a real minus sign, and units."""
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 
-class Kind(NamedTuple):
-    """How numbers of one kind are written, and the difference between two of them."""
+class NumberFormat(NamedTuple):
+    """Functions that format a number, and the difference between a number and a baseline."""
 
     text: Callable[[float], str]
-    difference: Callable[[float, float], str]  # of a value to a baseline
+    difference: Callable[[float, float], str]
 
 
 def _finite(text: Callable[[float], str]) -> Callable[[float], str]:
@@ -35,7 +35,7 @@ def significant(value: float, digits: int = 4) -> str:
 
 
 def _decimals(value: float, digits: int) -> int:
-    """How many decimals show `digits` significant ones."""
+    """The number of decimals that show `digits` significant digits."""
     whole = math.floor(math.log10(abs(value))) + 1 if value else digits
     return max(digits - whole, 0)
 
@@ -71,14 +71,14 @@ def _signed(text: Callable[[float], str]) -> Callable[[float, float], str]:
 
 
 def _with_sign(text: str) -> str:
-    """A plus for what is above zero; no sign for what rounds to it."""
+    """Adds a plus to positive numbers, and removes the sign of numbers that round to zero."""
     if not any(digit in text for digit in "123456789"):
         return text.removeprefix("-")
     return text if text.startswith("-") else f"+{text}"
 
 
 def _as_precise(value: float, base: float) -> str:
-    """A difference with the decimals of the larger of its two numbers."""
+    """A difference, with as many decimals as the larger of the two numbers."""
     largest = max(abs(value), abs(base))
     if not 1e-4 <= largest < 1e6:
         return _signed(lambda d: significant(d, 3))(value, base)
@@ -92,7 +92,7 @@ def _relative(value: float, base: float) -> str:
 
 
 def fixed(value: float) -> str:
-    """Four decimals, of losses; fewer of large ones.
+    """Four decimals, for losses; fewer for large numbers.
 
     >>> fixed(3.21987), fixed(1234.5678)
     ('3.2199', '1,235')
@@ -100,10 +100,10 @@ def fixed(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 100 else significant(value)
 
 
-LOSS = Kind(_finite(fixed), _signed(fixed))
-PLAIN = Kind(_finite(significant), _as_precise)
-SHARE = Kind(_finite(lambda v: f"{significant(100 * v, 3)} %"), _relative)  # of what spans decades
-PERCENT = Kind(_finite(lambda v: f"{100 * v:.1f} %"), _signed(lambda d: f"{100 * d:.1f} points"))
-TIME = Kind(_finite(duration), _relative)
-RATE = Kind(_finite(significant), _relative)
-COUNT = Kind(_finite(count), _relative)
+LOSS = NumberFormat(_finite(fixed), _signed(fixed))
+PLAIN = NumberFormat(_finite(significant), _as_precise)
+SHARE = NumberFormat(_finite(lambda v: f"{significant(100 * v, 3)} %"), _relative)  # for values that span decades
+PERCENT = NumberFormat(_finite(lambda v: f"{100 * v:.1f} %"), _signed(lambda d: f"{100 * d:.1f} points"))
+TIME = NumberFormat(_finite(duration), _relative)
+RATE = NumberFormat(_finite(significant), _relative)
+COUNT = NumberFormat(_finite(count), _relative)

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, and the same pictures beside it as PNGs."""
+"""Writes the page: one self-contained HTML file, and the same charts beside it as PNG files."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,29 +6,29 @@ from importlib.resources import files
 from pathlib import Path
 
 import hf_cwd
-from hf_cwd.report import hyperparameters, tables
+from hf_cwd.report import settings_tables, tables
+from hf_cwd.report.chart_list import CHARTS, charts
 from hf_cwd.report.charts import Drawn, draw
-from hf_cwd.report.compare import Setting, settings
+from hf_cwd.report.compare import SeedGroup, seed_groups
 from hf_cwd.report.figures import Figure, figures, logged_keys
-from hf_cwd.report.measures import in_order, is_evaluation, measure_of, part_in_words, part_of
-from hf_cwd.report.plan import CHARTS, charts
+from hf_cwd.report.measures import in_order, is_evaluation, measure_of, scope_in_words, scope_of
 from hf_cwd.report.read import RECORD, Run
 from hf_cwd.report.svg import COLOURS, DARK, PENS, swatch
 
 PAGE = "report.html"
-SPANS = 50  # smoothing goes over one of so many parts of the longest run
+SPANS = 50  # curves are smoothed over 1 / SPANS of the longest run
 
 
 def write(runs: Sequence[Run], folder: Path, *, left_out: Sequence[str] = ()) -> Path:
-    """Writes the page and the pictures of some runs into `folder`; the page's path.
+    """Writes the page and the charts of runs into `folder`, and returns the path of the page.
 
     Args:
-        left_out: of runs that could not be read, why: the page says so.
+        left_out: the reasons why other runs could not be read, which the page shows.
 
     Raises:
-        ValueError: a file cannot be written; the message names it.
+        ValueError: the files cannot be written.
     """
-    groups = settings(runs)
+    groups = seed_groups(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw(runs, groups, folder, span=max(run.step for run in runs) / SPANS)
@@ -39,7 +39,7 @@ def write(runs: Sequence[Run], folder: Path, *, left_out: Sequence[str] = ()) ->
     return page
 
 
-def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn], left_out: Sequence[str] = ()) -> str:
+def html(runs: Sequence[Run], groups: Sequence[SeedGroup], drawn: Sequence[Drawn], left_out: Sequence[str] = ()) -> str:
     """The page, as text."""
     table = figures(runs)
     of_model, of_updates, of_speed = ([f for f in table if f.about == about] for about in ("model", "updates", "speed"))
@@ -48,8 +48,8 @@ def html(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn],
         "Over seeds": over_seeds(runs, groups, table),
         "Curves": curves(groups, [one for one in drawn if not one.chart.row]),
         "Decay and updates": tables.final(runs, of_updates, "Decay and updates") if of_updates else "",
-        "By rule and group": by_part(runs, groups, [one for one in drawn if one.chart.row]),
-        "Settings": hyperparameters.tables(runs, groups),
+        "By rule and group": by_scope(runs, groups, [one for one in drawn if one.chart.row]),
+        "Settings": settings_tables.tables(runs, groups),
         "Speed": speed(runs, of_speed),
     }
     sections = {title: body for title, body in sections.items() if body}
@@ -95,8 +95,8 @@ def _style() -> str:
     return style
 
 
-def summary(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
-    """What the page is about, in a sentence or two."""
+def summary(runs: Sequence[Run], groups: Sequence[SeedGroup]) -> str:
+    """One or two sentences about the runs on the page."""
     if len(runs) == 1:
         return f"One run of {runs[0].step:,} optimizer steps."
     text = f"{len(runs)} runs"
@@ -108,70 +108,72 @@ def summary(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
 
 
 def about(runs: Sequence[Run]) -> str:
-    """What trained, in a line; empty if the runs do not say, or differ."""
-    text = hyperparameters.facts(runs)
+    """A line on the model, the processes and the versions; empty if they are unknown or differ."""
+    text = settings_tables.facts(runs)
     return f'<p class="muted">{escape(text)}.</p>\n' if text else ""
 
 
-def notes(runs: Sequence[Run], groups: Sequence[Setting], left_out: Sequence[str] = ()) -> str:
-    """What a reader must know before he trusts the numbers; empty if there is nothing."""
-    found = [f"Left out: {line}" for line in left_out]
+def notes(runs: Sequence[Run], groups: Sequence[SeedGroup], left_out: Sequence[str] = ()) -> str:
+    """Notes that a reader needs to judge the numbers; empty if there are none."""
+    texts = [f"Left out: {line}" for line in left_out]
     for run in runs:
-        found += [f"{run.name} {note}." for note in run.notes]
-        if not run.finished:
-            found.append(
-                f"{run.name} stands at step {run.step:,} of {run.max_steps:,}: it is left out of means over seeds."
-            )
-        for key in logged_keys([run]):
-            if key in ("loss", "grad_norm", *in_order([key])) or is_evaluation(key):
-                series = run.series(key)
-                if series.bad:
-                    found.append(
-                        f"{run.name}: {measure_of(key).title} is NaN or infinite at {len(series.bad):,} of "
-                        f"{len(series.steps):,} logged steps, first at step {series.bad[0]:,}."
-                    )
+        texts += _run_notes(run)
     unknown = sum(not run.recorded for run in runs)
     if unknown and len(runs) > 1:
-        found.append(
+        texts.append(
             f"{unknown} of {len(runs)} runs have no {RECORD}: of their settings only what the Trainer keeps is known. "
             "Runs whose names differ only in a seed (“-seed2”, “-s2”) are taken for the same setting."
         )
     if len(groups) > PENS:
-        found.append(f"There are more settings than pens: every {PENS} settings colours and dashes come again.")
+        texts.append(f"There are more settings than pens: after every {PENS} settings colours and dashes repeat.")
     hidden = len(charts(runs)) - CHARTS
     if hidden > 0:
-        found.append(f"{hidden} charts are left out: the page shows the first {CHARTS}.")
-    if not found:
+        texts.append(f"{hidden} charts are left out: the page shows the first {CHARTS}.")
+    if not texts:
         return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
     head = '<section class="notes" aria-labelledby="notes"><h2 id="notes">Before you read on</h2>'
     return f"{head}<ul>{items}</ul></section>\n"
 
 
-def over_seeds(runs: Sequence[Run], groups: Sequence[Setting], table: Sequence[Figure]) -> str:
-    """Means over seeds, and settings compared over common seeds; empty of one run."""
+def _run_notes(run: Run) -> list[str]:
+    texts = [f"{run.name} {note}." for note in run.notes]
+    if not run.finished:
+        texts.append(f"{run.name} is at step {run.step:,} of {run.max_steps:,}: it is left out of means over seeds.")
+    for key in logged_keys([run]):
+        series = run.series(key)
+        if series.bad and (key in ("loss", "grad_norm", *in_order([key])) or is_evaluation(key)):
+            texts.append(
+                f"{run.name}: {measure_of(key).title} is NaN or infinite at {len(series.bad):,} of "
+                f"{len(series.steps):,} logged steps, first at step {series.bad[0]:,}."
+            )
+    return texts
+
+
+def over_seeds(runs: Sequence[Run], groups: Sequence[SeedGroup], table: Sequence[Figure]) -> str:
+    """Means over seeds, and groups compared over common seeds; empty for one run."""
     quality = [figure for figure in table if figure.quality]
     if len(runs) < 2 or not quality:
         return ""
     if all(len(group.members) == 1 for group in groups):
         return (
-            "<p>No two runs differ only in their seed: what follows from a setting cannot be told from chance. "
+            "<p>No two runs differ only in their seed: the effect of a setting cannot be told from chance. "
             "Too few seeds to say anything; train each setting with the same three or more.</p>"
         )
-    parts = [tables.seeds(runs, groups, quality)]
+    bodies = [tables.seeds(runs, groups, quality)]
     if len(groups) > 1:
         text = (
-            f"Each setting less {groups[0].label}, seed by seed; the interval is Student's t of the differences. "
-            "It covers chance between seeds, nothing else: not the choice of learning rate, data or model."
+            f"Each setting minus {groups[0].label}, seed by seed; the interval is Student's t of the differences. "
+            "It covers chance between seeds only, not the choice of learning rate, data or model."
         )
         if (len(groups) - 1) * len(quality) > 1:
             text += " About one in twenty such intervals leaves out the true difference by chance alone."
-        parts += ["<h3>Compared over common seeds</h3>", f"<p>{escape(text)}</p>", tables.pairs(runs, groups, quality)]
-    return "\n".join(parts)
+        bodies += ["<h3>Compared over common seeds</h3>", f"<p>{escape(text)}</p>", tables.pairs(runs, groups, quality)]
+    return "\n".join(bodies)
 
 
-def curves(groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
-    """The legend and every chart of all parameters."""
+def curves(groups: Sequence[SeedGroup], drawn: Sequence[Drawn]) -> str:
+    """The legend, and the charts for all parameters."""
     if not drawn:
         return "<p>Nothing was logged.</p>"
     several = any(len(group.members) > 1 for group in groups)
@@ -184,43 +186,43 @@ def curves(groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
     return f'{mean}{legend(groups, range(len(groups)))}\n<div class="charts">\n{pictures}\n</div>'
 
 
-def by_part(runs: Sequence[Run], groups: Sequence[Setting], drawn: Sequence[Drawn]) -> str:
-    """For each measure a row of small charts, one for each part of the model; empty if none was logged."""
+def by_scope(runs: Sequence[Run], groups: Sequence[SeedGroup], drawn: Sequence[Drawn]) -> str:
+    """For each measure a row of small charts, one for each rule and parameter group; empty if none was logged."""
     if not drawn:
         return ""
-    logged = [any(any(map(part_of, runs[i].logged)) for i in group.members) for group in groups]
+    logged = [any(any(map(scope_of, runs[i].logged)) for i in group.members) for group in groups]
     rows: dict[str, list[Drawn]] = {}
     for one in drawn:
         rows.setdefault(one.chart.title, []).append(one)
     text = (
-        "What cwd_log=groups logs of each rule, and of each parameter group that is not all that a rule has. "
-        "The charts of a row have one scale."
+        "What cwd_log=groups logs for each rule, and for each parameter group that is not all of a rule. "
+        "The charts of a row have the same scale."
     )
-    parts = [f"<p>{text}</p>", legend(groups, [place for place, some in enumerate(logged) if some])]
+    bodies = [f"<p>{text}</p>", legend(groups, [place for place, some in enumerate(logged) if some])]
     for title, row in rows.items():
         pictures = "\n".join(
-            f"<figure><figcaption><h4>{escape(part_in_words(one.chart.part))}</h4></figcaption>\n{one.svg}</figure>"
+            f"<figure><figcaption><h4>{escape(scope_in_words(one.chart.scope))}</h4></figcaption>\n{one.svg}</figure>"
             for one in row
         )
         head = f'<h3>{escape(title)}</h3><p class="muted">{escape(row[0].chart.about)}</p>'
-        parts.append(f'<div class="row">{head}<div class="charts small">\n{pictures}\n</div></div>')
-    return "\n".join([*parts, "<h3>Figures</h3>", tables.by_part(runs)])
+        bodies.append(f'<div class="row">{head}<div class="charts small">\n{pictures}\n</div></div>')
+    return "\n".join([*bodies, "<h3>Figures</h3>", tables.by_scope(runs)])
 
 
-def legend(groups: Sequence[Setting], places: Sequence[int]) -> str:
-    """The pens of the settings at `places`."""
+def legend(groups: Sequence[SeedGroup], places: Sequence[int]) -> str:
+    """The pens of the groups at the positions `places`."""
     entries = ""
     for place in places:
         group = groups[place]
         count = f' <span class="muted">({len(group.members)} seeds)</span>' if len(group.members) > 1 else ""
         entries += f"<li>{swatch(place)}<span>{escape(group.label)}{count}</span></li>"
-    kind = "legend short" if len(places) <= 8 else "legend"  # a short one stays in sight
-    return f'<ul class="{kind}" aria-label="Legend">{entries}</ul>'
+    css_class = "legend short" if len(places) <= 8 else "legend"  # a short one stays visible when the page scrolls
+    return f'<ul class="{css_class}" aria-label="Legend">{entries}</ul>'
 
 
 def speed(runs: Sequence[Run], table: Sequence[Figure]) -> str:
-    """How fast the runs went; empty if they do not say."""
+    """The speed of the runs; empty if none has logged it."""
     if not table:
         return ""
-    text = "The Trainer counts evaluations on the way as training, and divides by the time since the last resume."
+    text = "The Trainer counts evaluations during training as training, and divides by the time since the last resume."
     return f"<p>{text}</p>{tables.final(runs, table, 'Speed')}"

@@ -1,4 +1,4 @@
-"""Runs, as the Trainer left them: ``trainer_state.json`` and the small files beside it. No pickle is ever loaded."""
+"""Reads runs from ``trainer_state.json`` and the small files beside it. It never loads a pickle."""
 
 import itertools
 import json
@@ -8,58 +8,52 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_cwd.report.known import Known, readable, settings
-from hf_cwd.report.parts import without_repetitions
+from hf_cwd.report.run_settings import RunSettings, collect_settings, readable
+from hf_cwd.report.scopes import without_repetitions
 from hf_cwd.report.series import Series, by_key
 
-STATE, RECORD, CONFIG, RESULTS, CARD = (
-    "trainer_state.json", "cwd_run.json", "config.json", "all_results.json", "README.md"
-)  # fmt: skip
+STATE, RECORD, CONFIG = "trainer_state.json", "cwd_run.json", "config.json"
+RESULTS, CARD = "all_results.json", "README.md"
 SEED_IN_NAME = re.compile(r"[-_.+]*(?<![a-z])(?:seed|s)[-_=]?(\d+)(?![a-z0-9])", re.IGNORECASE)
-# What the Trainer keeps of its arguments in its state: the first ones change the training, the others what is written.
+# The arguments in the Trainer's state: those that change the training, and those that change what is written.
 TRAINING, WRITING = ("max_steps", "num_train_epochs", "train_batch_size"), ("logging_steps", "eval_steps", "save_steps")
 
 
 class Run(NamedTuple):
-    """One training run."""
+    """A training run."""
 
     name: str
     directory: Path
     history: list[dict[str, Any]]
-    logged: dict[str, Series]  # the numbers in it, by key
-    known: Known
+    logged: dict[str, Series]  # the numbers in the history, by key
+    settings: RunSettings
     results: dict[str, Any]
     seed: int | None
     identity: tuple[str, ...]  # equal for runs that differ only in the seed
     step: int
     max_steps: int
-    recorded: bool  # in RECORD: all its settings are known
+    recorded: bool  # whether it has a RECORD, and so all its settings are known
     notes: list[str]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is known of its settings."""
-        return self.known.values
-
     def series(self, key: str) -> Series:
-        """What was logged under `key`."""
+        """The numbers logged under `key`."""
         return self.logged.get(key, Series([], []))
 
     @property
     def finished(self) -> bool:
-        """Whether ``train()`` came to its end, be it before `max_steps`."""
+        """Whether ``train()`` returned, perhaps before `max_steps`."""
         ended = any("train_loss" in entry and entry["step"] == self.step for entry in self.history)
         return ended or self.step >= self.max_steps
 
 
 def read(paths: Sequence[str | Path]) -> list[Run]:
-    """The runs that `paths` name, each once, in the order of `paths` and, below one of them, of their numbered names.
+    """Reads the runs at or below `paths`, each once. Runs below one path are sorted by name, with numbers by value.
 
-    Each path is a run's directory, with ``trainer_state.json`` or ``checkpoint-*/trainer_state.json`` in it, or a
+    A path is a run's directory, which contains ``trainer_state.json`` or ``checkpoint-*/trainer_state.json``, or a
     directory with runs below it.
 
     Raises:
-        ValueError: a path is not there, holds no run, or a file cannot be read; the message names it.
+        ValueError: a path does not exist or contains no run, or a file cannot be read. The message names it.
     """
     runs, left_out = read_whole(paths)
     if left_out:
@@ -68,15 +62,15 @@ def read(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def read_whole(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """As :func:`read`, without the runs of which a file cannot be read; and for each of those, which and why.
+    """Like :func:`read`, but returns the readable runs, and the errors of the others.
 
     Raises:
-        ValueError: a path is not there or holds no run, or none of the runs can be read.
+        ValueError: a path does not exist or contains no run, or no run can be read.
     """
-    found = {each.resolve(): each for path in paths for each in _below(Path(os.path.abspath(path)))}
-    top = os.path.commonpath([each.parent for each in found.values()])
+    directories = {each.resolve(): each for path in paths for each in _below(Path(os.path.abspath(path)))}
+    top = os.path.commonpath([each.parent for each in directories.values()])
     runs, left_out = [], []
-    for each in found.values():
+    for each in directories.values():
         try:
             runs.append(_run(each, readable(os.path.relpath(each, top))))
         except ValueError as error:
@@ -87,7 +81,7 @@ def read_whole(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """Directories of runs at or below `path`."""
+    """The directories of runs at or below `path`."""
     if path.name == STATE and path.is_file():
         path = path.parent
     if not path.is_dir():
@@ -96,7 +90,7 @@ def _below(path: Path) -> Iterator[Path]:
     for folder, names, _ in os.walk(path):
         names[:] = sorted((n for n in names if not n.startswith(".")), key=_natural)
         if _states(Path(folder)):
-            names.clear()  # its checkpoints are not runs of their own
+            names.clear()  # checkpoints of a run are not runs themselves
             runs += 1
             yield Path(folder)
     if not runs:
@@ -107,20 +101,23 @@ def _below(path: Path) -> Iterator[Path]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers in names by their value."""
+    """A sort key that compares numbers in names by value."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _states(directory: Path) -> list[Path]:
-    """The run's own state, and that of its newest checkpoint."""
-    numbered = [(int(p.parent.name[11:]), p) for p in directory.glob(f"checkpoint-*/{STATE}")
-                if p.parent.name[11:].isdecimal()]  # fmt: skip
+    """The state files of the run itself and of its newest checkpoint, if they exist."""
+    by_step = {}
+    for path in directory.glob(f"checkpoint-*/{STATE}"):
+        step = path.parent.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            by_step[int(step)] = path
     own = directory / STATE
-    return [own] * own.is_file() + [path for _, path in sorted(numbered)[-1:]]
+    return [own] * own.is_file() + [by_step[step] for step in sorted(by_step)[-1:]]
 
 
 def _run(directory: Path, name: str) -> Run:
-    # A run that was resumed and is still going has a checkpoint newer than its own state.
+    # If a run was resumed and is still running, a checkpoint is newer than its own state.
     states = [(path, _object(path)) for path in _states(directory)]
     path, state = max(states, key=lambda item: _whole(item[1].get("global_step")))
     history, notes = _history(path, state)
@@ -129,19 +126,19 @@ def _run(directory: Path, name: str) -> Run:
         beside.append(directory.parent)
     record, config, results = (_first(beside, file) for file in (RECORD, CONFIG, RESULTS))
     kept = {key: state[key] for key in (*TRAINING, *WRITING) if state.get(key) is not None}
-    known = settings(record, _card(beside), kept, config)
+    settings = collect_settings(record, _card(beside), kept, config)
     step = max([_whole(state.get("global_step")), *(entry["step"] for entry in history)])
-    same = {**{key: kept.get(key) for key in TRAINING}, **known.own}
-    identity = tuple(sorted(f"{key}={value}" for key, value in same.items() if key not in OF_ONE_RUN))
+    training = {key: kept.get(key) for key in TRAINING} | settings.own
+    identity = tuple(sorted(f"{key}={value}" for key, value in training.items() if key not in OF_ONE_RUN))
     return Run(
         name=name,
         directory=directory,
         history=history,
         logged=without_repetitions(by_key(history)),
-        known=known,
+        settings=settings,
         results=results,
-        seed=_seed(known.own, name),
-        # A record says all of what the run was. Without one, its name must say the rest.
+        seed=_seed(settings.own, name),
+        # A record has all settings. Without one, the name counts as well.
         identity=("" if record else without_seed(name), *identity),
         step=step,
         max_steps=_whole(state.get("max_steps")),
@@ -150,13 +147,13 @@ def _run(directory: Path, name: str) -> Run:
     )
 
 
-# Settings that say where a run is kept, or which repetition it is: not how it was trained.
+# Settings that do not change the training: where a run is stored, and which repetition it is.
 OF_ONE_RUN = {"seed", "data_seed", "output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint"}
 OF_ONE_RUN |= {"logging_steps", "eval_steps", "save_steps", "logging_strategy", "save_strategy", "report_to"}
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. The Trainer writes NaN and Infinity as such, which Python reads."""
+    """Reads the JSON object in a file. The Trainer writes NaN and Infinity, which Python accepts."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -171,17 +168,17 @@ def _first(directories: Sequence[Path], file: str) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> int:
-    """A count; 0 for what is none, or what no float tells from its neighbours."""
+    """A non-negative integer below 2**53; 0 for any other value."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return int(value) if number and 0 <= value < 2**53 else 0
 
 
 def _history(path: Path, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The entries of the log that a step can be told of, and what was wrong with the others."""
+    """The log entries that have a step, and notes on the others."""
     entries = state.get("log_history", [])
     if not isinstance(entries, list):
         raise ValueError(
-            f'{path}: "log_history" is a {type(entries).__name__}, not a list. Is it a file of the Trainer?'
+            f'{path}: "log_history" is a {type(entries).__name__}, not a list. Is it a file of the Trainer\'s?'
         )
     good = [e for e in entries if isinstance(e, dict) and "step" in e and _whole(e["step"]) == e["step"]]
     history = [{readable(key): value for key, value in entry.items()} | {"step": int(entry["step"])} for entry in good]
@@ -199,7 +196,7 @@ def _history(path: Path, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]]
 
 
 def _card(directories: Sequence[Path]) -> dict[str, Any]:
-    """The hyper-parameters that the Trainer's model card lists."""
+    """The hyper-parameters in the Trainer's model card."""
     path = next((d / CARD for d in directories if (d / CARD).is_file()), None)
     text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
     section = re.search(r"^### Training hyperparameters\n(.*?)(?:^#|\Z)", text, re.MULTILINE | re.DOTALL)
@@ -208,16 +205,16 @@ def _card(directories: Sequence[Path]) -> dict[str, Any]:
 
 
 def _number(text: str) -> int | float | str:
-    for kind in (int, float):
+    for number_type in (int, float):
         try:
-            return kind(text)
+            return number_type(text)
         except ValueError:
             pass
     return text
 
 
 def without_seed(name: str) -> str:
-    """A run's name without the seed in it, and its number.
+    """A run's name without the seed in it.
 
     >>> without_seed("lion-seed3"), without_seed("s1/lion"), without_seed("lion3")
     ('lion', 'lion', 'lion3')
@@ -227,7 +224,7 @@ def without_seed(name: str) -> str:
 
 
 def _seed(settings: Mapping[str, Any], name: str) -> int | None:
-    """The seed, as recorded or else as the run's name tells it."""
+    """The seed in the settings, or else in the run's name."""
     recorded = next((v for k, v in settings.items() if k.rsplit(".", 1)[-1] == "seed" and type(v) is int), None)
     match = SEED_IN_NAME.search(name)
     return int(match[1]) if recorded is None and match is not None else recorded

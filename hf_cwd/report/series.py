@@ -1,4 +1,4 @@
-"""What was logged under one key, step by step: smoothed, averaged over runs, and thinned for a picture."""
+"""The numbers logged under one key, by step, and how to smooth, average and thin them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from hf_cwd.report.measures import CWD, OF_STEPS, STEP
 
 
 class Series(NamedTuple):
-    """Steps in ascending order and, for each, a value, which may be NaN or infinite."""
+    """Steps in ascending order, and a value for each, which may be NaN or infinite."""
 
     steps: list[int]
     values: list[float]
@@ -24,17 +24,17 @@ class Series(NamedTuple):
         return Series([s for s, _ in kept], [v for _, v in kept])
 
     def last_tenth(self) -> float | None:
-        """Mean over the last 10 % of the steps, of its last value at least; None of nothing."""
+        """The mean over the last 10 % of the steps, or the last value if there is only one; None for no steps."""
         if not self.steps:
             return None
         last = self.steps[-1]
         return mean(self.after(min(0.9 * last, last - 1)).values)
 
     def smooth(self, span: float) -> "Series":
-        """Weighted mean of the values around each: the weight is exp(-distance / `span`), in steps.
+        """Replaces each value by a mean over all values with weights exp(-distance / `span`), in steps.
 
-        In steps, so that runs that log at different intervals are smoothed alike; to both sides, so that a falling
-        curve does not lag. Values that are not finite stay as they are and count for nothing.
+        The distance is in steps, so that runs with different logging intervals are smoothed alike. Values on both sides
+        count, so that a falling curve does not lag. Values that are not finite stay, and have no weight.
 
         >>> Series([1, 2, 3], [1.0, 1.0, 1.0]).smooth(10).values
         [1.0, 1.0, 1.0]
@@ -53,7 +53,7 @@ class Series(NamedTuple):
         )
 
     def thin(self, most: int) -> "Series":
-        """At most `most` points: the lowest and the highest of each stretch, so that spikes stay, and a NaN."""
+        """Keeps at most `most` points: the lowest, the highest and a NaN of each interval, so that spikes stay."""
         if len(self.steps) <= most:
             return self
         size = math.ceil(len(self.steps) / max(most // 3, 1))
@@ -70,12 +70,12 @@ class Series(NamedTuple):
 
 
 def by_key(history: Iterable[dict[str, Any]]) -> dict[str, Series]:
-    """The numbers logged under each key, in the order in which the keys appear.
+    """The series of each key, in the order in which the keys appear.
 
-    A run that was resumed goes through some steps again: what it logged after going back replaces what stood there.
-    Measures of an earlier step than the entry's, whose number the entry has as ``cwd/step``, stand at theirs.
+    A resumed run repeats some steps: the later entries replace the earlier ones. If an entry has ``cwd/step``, its
+    ``cwd/`` measures belong to that earlier step.
     """
-    found: dict[str, Series] = {}
+    result: dict[str, Series] = {}
     for entry in history:
         measured = entry.get(STEP)
         if isinstance(measured, bool) or not isinstance(measured, int) or not 0 <= measured <= entry["step"]:
@@ -84,23 +84,23 @@ def by_key(history: Iterable[dict[str, Any]]) -> dict[str, Series]:
             step = measured if key.startswith(CWD) and key.rsplit("/", 1)[-1] in OF_STEPS else entry["step"]
             if key in ("step", STEP) or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            steps, values = found.setdefault(key, Series([], []))
+            steps, values = result.setdefault(key, Series([], []))
             while steps and steps[-1] >= step:
                 steps.pop()
                 values.pop()
             steps.append(step)
             values.append(number(value))
-    return found
+    return result
 
 
 def _both_ways(steps: Sequence[int], values: Sequence[float], span: float) -> list[float]:
-    """For each step the sum of all values, each weighted with exp(-distance / `span`)."""
+    """For each step, the sum of all values with weights exp(-distance / `span`)."""
     before, after = _one_way(steps, values, span), _one_way(steps[::-1], values[::-1], span)[::-1]
     return [b + a - value for b, a, value in zip(before, after, values, strict=True)]
 
 
 def _one_way(steps: Sequence[int], values: Sequence[float], span: float) -> list[float]:
-    """The same of the values up to each."""
+    """The same sum over the values up to each step."""
     total, last, sums = 0.0, 0, []
     for step, value in zip(steps, values, strict=True):
         total = total * math.exp(-abs(step - last) / span) + value
@@ -110,7 +110,7 @@ def _one_way(steps: Sequence[int], values: Sequence[float], span: float) -> list
 
 
 def number(value: int | float) -> float:
-    """As a float; whole numbers that are too large for one are infinite."""
+    """Converts a number to float; integers that are too large become infinite."""
     try:
         return float(value)
     except OverflowError:
@@ -118,12 +118,12 @@ def number(value: int | float) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean, NaN or infinite if a value is."""
+    """The arithmetic mean; NaN or infinite if a value is."""
     return sum(values) / len(values)
 
 
 def average(many: Sequence[Series]) -> Series:
-    """The mean at the steps that all of them have."""
+    """The mean of several series at their common steps."""
     tables = [dict(zip(*one, strict=True)) for one in many]
     common = sorted(set(tables[0]).intersection(*tables[1:]))
     return Series(common, [mean([table[step] for table in tables]) for step in common])

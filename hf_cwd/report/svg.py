@@ -1,23 +1,23 @@
-"""Pens, and matplotlib's SVG made fit for a page: its colours are the page's, and its curves say whose they are."""
+"""Line styles, and the conversion of matplotlib's SVG for the page: its colours, and titles for its curves."""
 
 import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-INK = "#1c1f24"  # of axes and text; on the page it is the colour of the text around the picture
-# After Okabe and Ito's colours for all kinds of colour vision, darker where they would vanish on white.
-# The page has a lighter one of each for a dark background.
+INK = "#1c1f24"  # the colour of axes and text; the page replaces it by the colour of its text
+# Based on Okabe and Ito's colours, which suit all kinds of colour vision; some are darker, to be visible on white. The
+# page has a lighter version of each for a dark background.
 COLOURS = ("#0072b2", "#c8500a", "#007a59", "#a8478a", "#8a6d00", "#2b8fd0", "#5c6470")
 DARK = ("#5ab4f0", "#ff8f4d", "#35c79a", "#e58fc8", "#e3bd3a", "#a5d8ff", "#b4bcc8")
-# As many as have no divisor in common with the colours: 28 pens differ, and neighbours in both.
+# The number of dashes has no common divisor with the number of colours: 28 pens differ, and neighbours differ in both.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.2, 1.6), (7, 2, 1.2, 2))
 MARKERS = "osD^"
 PENS = len(COLOURS) * len(DASHES)
 
 
 def pen(place: int, *, thick: bool, crowd: bool = False) -> dict[str, Any]:
-    """matplotlib's line properties for the setting at `place`; in a `crowd` thin lines are paler."""
+    """matplotlib's line properties for the group at `place`; in a `crowd` thin lines are paler."""
     dashes = DASHES[place % len(DASHES)]
     style: dict[str, Any] = {
         "color": COLOURS[place % len(COLOURS)],
@@ -36,12 +36,12 @@ def marker(place: int) -> str:
 
 
 def identifier(text: str) -> str:
-    """`text` as part of a file name and of an element's id."""
+    """Converts `text` for file names and ids of elements."""
     return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")[:60] or "chart"
 
 
 def swatch(place: int) -> str:
-    """A piece of line, for the legend of the page."""
+    """A short line for the legend of the page."""
     dashes = " ".join(f"{1.9 * length:g}" for length in DASHES[place % len(DASHES)])
     return (
         '<svg class="swatch" viewBox="0 0 36 8" aria-hidden="true"><path d="M1 4H35" fill="none" stroke-width="2.4" '
@@ -50,12 +50,12 @@ def swatch(place: int) -> str:
 
 
 def inline(text: str, name: str, title: str, labels: Sequence[str]) -> str:
-    """matplotlib's SVG as an element of a page that may hold others.
+    """Converts matplotlib's SVG to an element of a page that has several.
 
     Args:
-        name: unique in the page; starts every id.
-        title: what the picture shows, for those who do not see it.
-        labels: of the settings, for curves with an id ``line-PLACE-...``.
+        name: unique in the page; the prefix of every id.
+        title: a description of the chart for screen readers.
+        labels: the labels of the groups; a curve with the id ``line-PLACE-...`` gets the label at PLACE.
     """
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)

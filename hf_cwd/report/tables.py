@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from hf_cwd.report.compare import Paired, Setting, by_seed, paired, spread
+from hf_cwd.report.compare import Paired, SeedGroup, by_seed, paired, spread
 from hf_cwd.report.figures import Figure, logged_keys, of_key
-from hf_cwd.report.measures import CWD, part_in_words
-from hf_cwd.report.parts import measures, parts
+from hf_cwd.report.measures import CWD, scope_in_words
 from hf_cwd.report.read import Run
+from hf_cwd.report.scopes import measures, scopes
 from hf_cwd.report.series import mean
 
 NOTHING = '<span class="muted" aria-label="not logged">\N{EN DASH}</span>'
@@ -17,12 +17,12 @@ NOTHING = '<span class="muted" aria-label="not logged">\N{EN DASH}</span>'
 def table(
     name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", first: str = "", text: int = 0
 ) -> str:
-    """A table that scrolls in its own box; `rows` are cells, as HTML, after a heading of the row.
+    """A table that scrolls in its own box. Each row is a heading, as text, and cells, as HTML.
 
     Args:
-        name: what the table is, for those who do not see it.
-        first: class of the first row.
-        text: how many of the last columns hold words.
+        name: a name for screen readers.
+        first: the class of the first row.
+        text: the number of columns at the end that contain words.
     """
     lines = [f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0"><table>']
     if caption:
@@ -33,21 +33,21 @@ def table(
     )
     lines.append(f"<thead><tr>{columns}</tr></thead><tbody>")
     for number, (heading, *cells) in enumerate(rows):
-        kind = f' class="{first}"' if first and number == 0 else ""
-        lines.append(f'<tr{kind}><th scope="row">{escape(heading)}</th>{"".join(cells)}</tr>')
+        css_class = f' class="{first}"' if first and number == 0 else ""
+        lines.append(f'<tr{css_class}><th scope="row">{escape(heading)}</th>{"".join(cells)}</tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
 def final(runs: Sequence[Run], figures: Sequence[Figure], name: str) -> str:
-    """A row for each run; below each number the difference to the first run's."""
+    """A row for each run; below each number the difference to the first run."""
     rows = []
     for place, run in enumerate(runs):
         row = [run.name]
         for figure in figures:
             value, base = figure.values[place], figure.values[0]
-            cell = NOTHING if value is None else escape(figure.kind.text(value))
+            cell = NOTHING if value is None else escape(figure.format.text(value))
             if place and None not in (value, base) and value != base and math.isfinite(value - base):
-                cell += f'<span class="difference">{escape(figure.kind.difference(value, base))}</span>'
+                cell += f'<span class="difference">{escape(figure.format.difference(value, base))}</span>'
             row.append(f"<td>{cell}</td>")
         rows.append(row)
     several = len(runs) > 1
@@ -56,21 +56,21 @@ def final(runs: Sequence[Run], figures: Sequence[Figure], name: str) -> str:
     return table(name, head, rows, caption=caption, first="baseline" if several else "")
 
 
-def seeds(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Figure]) -> str:
-    """Mean and spread of each setting over its seeds."""
+def seeds(runs: Sequence[Run], groups: Sequence[SeedGroup], figures: Sequence[Figure]) -> str:
+    """The mean and spread of each group over its seeds."""
     rows = []
-    for setting in settings:
-        row = [setting.label, f"<td>{_listed(by_seed(runs, setting, [0.0] * len(runs)))}</td>"]
+    for group in groups:
+        row = [group.label, f"<td>{_listed(by_seed(runs, group, [0.0] * len(runs)))}</td>"]
         for figure in figures:
-            values = list(by_seed(runs, setting, figure.values).values())
+            values = list(by_seed(runs, group, figure.values).values())
             if not values:
                 row.append(f"<td>{NOTHING}</td>")
                 continue
             deviation = spread(values)
-            text = figure.kind.text(mean(values))
+            text = figure.format.text(mean(values))
             if deviation is not None:
                 text += f" ± {_unsigned(figure, mean(values), deviation)}"
-            count = "" if len(values) == len(setting.members) else f'<span class="difference">of {len(values)}</span>'
+            count = "" if len(values) == len(group.members) else f'<span class="difference">of {len(values)}</span>'
             row.append(f"<td>{escape(text)}{count}</td>")
         rows.append(row)
     caption = "Mean ± sample standard deviation over the seeds; no ± where there is one seed."
@@ -78,25 +78,25 @@ def seeds(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Fi
     return table("Means over seeds", head, rows, caption=caption)
 
 
-def pairs(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Figure]) -> str:
-    """Each setting less the first one, over the seeds that both have."""
-    base, *others = settings
+def pairs(runs: Sequence[Run], groups: Sequence[SeedGroup], figures: Sequence[Figure]) -> str:
+    """Each group minus the first one, over their common seeds."""
+    base, *others = groups
     rows = []
     for figure in figures:
         of_base = by_seed(runs, base, figure.values)
-        for setting in others:
-            result = paired(by_seed(runs, setting, figure.values), of_base)
+        for group in others:
+            result = paired(by_seed(runs, group, figure.values), of_base)
             if not result.seeds and not result.left_out:
                 continue
             difference = NOTHING
             if result.difference is not None:
-                difference = escape(figure.kind.difference(result.difference, 0.0))
+                difference = escape(figure.format.difference(result.difference, 0.0))
             interval = NOTHING
             if result.low is not None and result.high is not None:
-                interval = " to ".join(escape(figure.kind.difference(end, 0.0)) for end in (result.low, result.high))
+                interval = " to ".join(escape(figure.format.difference(end, 0.0)) for end in (result.low, result.high))
             rows.append(
                 [
-                    f"{figure.label}: {setting.label}",
+                    f"{figure.label}: {group.label}",
                     f"<td>{_listed(result.seeds)}</td><td>{difference}</td><td>{interval}</td>",
                     f'<td class="text">{escape(verdict(result))}</td>',
                 ]
@@ -108,7 +108,7 @@ def pairs(runs: Sequence[Run], settings: Sequence[Setting], figures: Sequence[Fi
 
 
 def verdict(result: Paired) -> str:
-    """What a paired comparison says, in words; nothing where there are too few seeds to say anything."""
+    """The result of a paired comparison in words."""
     left_out = f" Without seed {', '.join(map(str, result.left_out))}: not finite." if result.left_out else ""
     if result.low is None or result.high is None:
         what = "No seed in common" if not result.seeds else "One seed in common: the difference may be chance"
@@ -116,40 +116,40 @@ def verdict(result: Paired) -> str:
     if result.low == result.high:
         return f"The same difference with every seed.{left_out}"
     if result.low <= 0 <= result.high:
-        said = "Not told apart: the interval holds 0."
+        conclusion = "Not told apart: the interval contains 0."
     else:
-        said = f"{'Lower' if result.high < 0 else 'Higher'}: the interval leaves out 0."
-    few = " Two seeds are too few to lean on." if len(result.seeds) == 2 else ""
-    return said + few + left_out
+        conclusion = f"{'Lower' if result.high < 0 else 'Higher'}: the interval does not contain 0."
+    few = " Two seeds are too few to rely on." if len(result.seeds) == 2 else ""
+    return conclusion + few + left_out
 
 
-def by_part(runs: Sequence[Run]) -> str:
-    """A row for each part of each run that was logged by itself."""
+def by_scope(runs: Sequence[Run]) -> str:
+    """A row for each rule and parameter group of each run."""
     keys = logged_keys(runs)
     names = measures(keys)
     rows = []
-    for part in parts(keys):
-        columns = [of_key(runs, f"{CWD}{part}/{name}") for name in names]
+    for scope in scopes(keys):
+        columns = [of_key(runs, f"{CWD}{scope}/{name}") for name in names]
         for place, run in enumerate(runs):
             if any(column.values[place] is not None for column in columns):
-                values = [(column.kind, column.values[place]) for column in columns]
-                cells = [f"<td>{NOTHING if v is None else escape(kind.text(v))}</td>" for kind, v in values]
-                name = f"{part_in_words(part)}: {run.name}" if len(runs) > 1 else part_in_words(part)
+                values = [(column.format, column.values[place]) for column in columns]
+                cells = [f"<td>{NOTHING if v is None else escape(format.text(v))}</td>" for format, v in values]
+                name = f"{scope_in_words(scope)}: {run.name}" if len(runs) > 1 else scope_in_words(scope)
                 rows.append([name, *cells])
     head = [
         "Part: run" if len(runs) > 1 else "Part",
-        *(of_key(runs, f"{CWD}{parts(keys)[0]}/{name}").label for name in names),
+        *(of_key(runs, f"{CWD}{scopes(keys)[0]}/{name}").label for name in names),
     ]
     return table("By rule and parameter group", head, rows)
 
 
 def _unsigned(figure: Figure, middle: float, deviation: float) -> str:
-    """A spread, with the digits of a difference."""
-    text = figure.kind.difference(middle + deviation, middle)
+    """A spread, with as many digits as a difference."""
+    text = figure.format.difference(middle + deviation, middle)
     return text.removeprefix("+").removesuffix(" points")
 
 
 def _listed(seeds: Iterable[int | None]) -> str:
-    known = sorted(seed for seed in seeds if seed is not None)
-    shown = ", ".join(map(str, known[:8])) + (f" … ({len(known)})" if len(known) > 8 else "")
+    numbers = sorted(seed for seed in seeds if seed is not None)
+    shown = ", ".join(map(str, numbers[:8])) + (f" … ({len(numbers)})" if len(numbers) > 8 else "")
     return shown or NOTHING

@@ -1,1 +1,1 @@
-"""Which rule takes which parameter of a model, and why."""
+"""Which rule trains which parameter of a model, and why."""

@@ -1,7 +1,8 @@
-"""What PEFT's methods train: which of their parameters are matrices (PEFT 0.19 to 0.21).
+"""Which parameters of PEFT's methods are matrices (PEFT 0.19 to 0.21).
 
-By the attributes of PEFT's layers, which are parts of a parameter's name. What is not listed is found by its shape
-(vectors: IA3, VeRA, FourierFT, RoAd, DoRA's magnitudes, ...) or as in any model (X-LoRA's classifier, LN tuning).
+The table goes by the attributes of PEFT's layers, which are components of a parameter's name. A parameter that is not
+listed is classified by its shape (vectors: IA3, VeRA, FourierFT, RoAd, DoRA's magnitudes, ...), or as in any other
+model (X-LoRA's classifier, LN tuning).
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-WRAPPED = ("base_layer", "original_module")  # where PEFT keeps the layer in whose place it has put itself
+WRAPPED = ("base_layer", "original_module")  # attributes in which PEFT's wrappers keep the original layer
 PROMPTS = re.compile(r"(Multitask)?Prompt(Encoder|Embedding)|(Prefix|Cartridge)Encoder|CPTEmbedding")
 
 
@@ -18,9 +19,11 @@ class Adapter(NamedTuple):
     """What an attribute of PEFT's layers holds.
 
     Attributes:
-        attribute: a pattern of a whole part of a parameter's name.
+        attribute: a pattern for one whole component of a parameter's name.
+        is_matrix: whether the parameter is a matrix, or several.
+        reason: what the parameter is.
         stacked: whether dimensions before the last two are a stack of matrices.
-        parts: the attribute that says how many matrices are fused into one, of the layer or of PEFT's around it.
+        parts: the attribute that counts the fused matrices, of the layer or of the PEFT layer around it.
     """
 
     attribute: str
@@ -31,7 +34,7 @@ class Adapter(NamedTuple):
 
 
 ADAPTERS: tuple[Adapter, ...] = (
-    # Also AdaLoRA, DoRA, PiSSA, CorDA, X-LoRA, ...; BdLoRA's are made of blocks.
+    # Also AdaLoRA, DoRA, PiSSA, CorDA, X-LoRA, ...; BdLoRA's factors consist of blocks.
     Adapter("(supertuning_)?lora_[AB]", True, "LoRA factor", parts="nblocks"),
     Adapter("(gralora_[AB]|poly_lora_[AB])", True, "LoRA factor", stacked=True),
     Adapter("(gralora_[AB]_general|hira_[AB]|delora_[AB]|adamss_[AB]|lily_A|peanut_[AB])", True, "LoRA factor"),
@@ -58,17 +61,17 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 def adapter(name: str) -> Adapter | None:
-    """The row of a parameter with this name; None if PEFT did not add it, or nothing here knows it."""
+    """The row of the table for a parameter; None if the table has none."""
     parts = name.split(".")
     return next((row for row in ADAPTERS if any(re.fullmatch(row.attribute, part) for part in parts)), None)
 
 
 def parts(row: Adapter, name: str, around: Sequence[nn.Module]) -> int:
-    """How many matrices lie one below the other in a factor.
+    """How many matrices are stacked along the rows of a factor.
 
     Args:
-        name: the parameter's.
-        around: the module that holds it and those around, the nearest first.
+        name: the parameter's name.
+        around: the module that holds it and the modules that contain that one, the nearest first.
     """
     holders = [module for module in around if row.parts is not None and hasattr(module, row.parts)]
     if not holders:
@@ -78,5 +81,5 @@ def parts(row: Adapter, name: str, around: Sequence[nn.Module]) -> int:
 
 
 def is_prompt(module: nn.Module) -> bool:
-    """Whether it makes learned inputs of a model, so that no layer in it leads out."""
+    """Whether a module makes learned inputs, so that none of its layers is an output layer."""
     return PROMPTS.fullmatch(type(module).__name__) is not None

@@ -1,7 +1,7 @@
-"""What transformers' models call things: fused projections, stacks of experts, and parameters that are no matrices.
+"""Tables of transformers' models: fused projections, stacks of experts, and parameters that are not matrices.
 
-The tables below are read from the models' own code (transformers 5.2 to 5.23). They go by module class and name, since
-a shape does not tell a fused projection, a stack of matrices or a table of positions.
+The tables follow the models' code (transformers 5.2 to 5.23). They go by module class and name, because the shape does
+not distinguish a fused projection, a stack of matrices and a table of positions.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 Cut = Callable[[Any, int], tuple[tuple[int, ...], int]]
 
@@ -18,8 +18,12 @@ Cut = Callable[[Any, int], tuple[tuple[int, ...], int]]
 class Fused(NamedTuple):
     """A projection that holds several matrices.
 
-    ``module`` and ``parent`` are patterns of the name of the linear layer and of the class around it; ``cut`` gets the
-    module around it and the number of output features, and gives ``sizes`` and ``periods`` of the :class:`Layout`.
+    Attributes:
+        module: a pattern for the name of the linear layer.
+        parent: a pattern for the class of the module that holds the layer.
+        parts: the names of the fused matrices, for the reason that is shown.
+        cut: takes that module and the number of output features, returns ``sizes`` and ``periods`` of the
+            :class:`MatrixLayout`.
     """
 
     module: str
@@ -33,7 +37,7 @@ def _equal(n: int) -> Cut:
 
 
 def _q_and_kv(q: Callable[[Any], int]) -> Cut:
-    """All of q, then k and v, which have fewer heads under grouped-query attention."""
+    """First q, then k and v, which have fewer heads in grouped-query attention."""
     return lambda parent, rows: ((q(parent), (rows - q(parent)) // 2, (rows - q(parent)) // 2), 1)
 
 
@@ -73,7 +77,7 @@ FUSED: tuple[Fused, ...] = (
     Fused("qkv_proj", "CodeGenAttention", "q, v, k in four slices", lambda a, rows: ((rows // 12,) * 3, 4)),
     Fused("qkv_proj", "MiniMaxLightningAttention", QKV + " by head", _by_head(lambda a: a.num_attention_heads)),
     Fused("qkv", "Exaone4_5_VisionAttention", QKV, lambda a, rows: ((a.q_dim, a.kv_dim, a.kv_dim), 1)),
-    Fused("qkv", ".*", QKV, _equal(3)),  # every other vision model here, and timm's
+    Fused("qkv", ".*", QKV, _equal(3)),  # all other vision models, and timm's
     Fused("Wqkv", "DbrxAttention", QKV, _q_and_kv(lambda a: a.hidden_size)),
     Fused("Wqkv", "MptAttention|ModernBertAttention", QKV, _equal(3)),
     Fused("att_proj|qkv_linear", "BarkSelfAttention|LayoutLMv2SelfAttention", QKV, _equal(3)),
@@ -121,18 +125,18 @@ FUSED: tuple[Fused, ...] = (
         lambda a, rows: ((rows // a.num_k_heads // 2,) * 2, a.num_k_heads),
     ),
 )  # fmt: skip
-# A layer of such a name in a model that is not in the table is fused too, nobody here knows how.
+# A layer with such a name in a model that is not in the table is fused too, but how is unknown.
 LOOKS_FUSED = re.compile(r".*qkv.*|query_key_value|c_attn|.*gate_up.*|to_kv")
 
-# Raw parameters (of neither a linear layer nor a convolution) that are no matrices, by their own name.
+# Parameters outside of linear layers and convolutions that are not matrices, by their own name.
 NO_MATRIX: tuple[tuple[str, str], ...] = (
     (r".*bias(es)?(_[a-z])?|bias_[a-z]", "bias"),
     (r"A_log|D|time_mix_.*", "state-space parameter"),
     (r".*scale.*|alpha|beta|gamma", "scale"),
     (r".*(pos_|position|_pos|token|emb|query|latent|probe|prompt|relative|pointer|extensor|_ape).*", "learned input"),
 )
-# Modules whose weights are no hidden matrices although they multiply: pattern of the class of the module itself or of
-# one of the two around it.
+# Modules whose weights are matrices, but not hidden matrices: a pattern for the class of the module, or of one of the
+# two modules around it.
 NO_HIDDEN_LAYER: tuple[tuple[str, str], ...] = (
     (r".*(Router|TopK\w*Gat\w*|Mo[eE]\w*Gate)", "router"),
     (r".*Hyper(Connection|Head)", "hyper-connection"),
@@ -144,62 +148,71 @@ INPUT_LAYER = re.compile(r".*(patch_?embed|patch_?proj|patcher)", re.IGNORECASE)
 
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
-# Raw parameters that are matrices: pattern of the module's class, of the parameter's name, and their layout.
-MATRICES: tuple[tuple[str, str, Callable[[Any], Layout]], ...] = (
-    ("DbrxExpertGLU", "w1|v1|w2", lambda m: Layout((m.ffn_hidden_size,) * m.moe_num_experts)),
-    ("AriaGroupedExpertsGemm", "weight", lambda m: Layout(transposed=True)),
-    (".*ParallelExperts", "weight", lambda m: Layout()),
-    (".*MultiModalProjector", "mm_input_projection_weight", lambda m: Layout(transposed=True)),
-    ("XLNetRelativeAttention", "[qkvr]", lambda m: Layout(transposed=True, flattened=True)),
-    ("XLNetRelativeAttention", "o", lambda m: Layout(flattened=True)),
-    ("RecurrentGemmaRglru", "(input|recurrent)_gate_weight", lambda m: Layout(transposed=True)),
-    ("ZambaMambaMixer", "x_proj_weight", lambda m: Layout((m.time_step_rank, m.ssm_state_size, m.ssm_state_size))),
-    ("ZambaMambaMixer", "dt_proj_weight", lambda m: Layout()),
+# Parameters outside of linear layers that are matrices: patterns for the module's class and the parameter's name, and
+# the layout.
+MATRICES: tuple[tuple[str, str, Callable[[Any], MatrixLayout]], ...] = (
+    ("DbrxExpertGLU", "w1|v1|w2", lambda m: MatrixLayout((m.ffn_hidden_size,) * m.moe_num_experts)),
+    ("AriaGroupedExpertsGemm", "weight", lambda m: MatrixLayout(transposed=True)),
+    (".*ParallelExperts", "weight", lambda m: MatrixLayout()),
+    (".*MultiModalProjector", "mm_input_projection_weight", lambda m: MatrixLayout(transposed=True)),
+    ("XLNetRelativeAttention", "[qkvr]", lambda m: MatrixLayout(transposed=True, flattened=True)),
+    ("XLNetRelativeAttention", "o", lambda m: MatrixLayout(flattened=True)),
+    ("RecurrentGemmaRglru", "(input|recurrent)_gate_weight", lambda m: MatrixLayout(transposed=True)),
+    (
+        "ZambaMambaMixer",
+        "x_proj_weight",
+        lambda m: MatrixLayout((m.time_step_rank, m.ssm_state_size, m.ssm_state_size)),
+    ),
+    ("ZambaMambaMixer", "dt_proj_weight", lambda m: MatrixLayout()),
 )
 
 
-def fused(name: str, parent: Any, rows: int) -> tuple[str, Layout] | None:
-    """What a layer with ``rows`` output features holds, by its name and the module around it; None for one matrix.
+def fused(name: str, parent: Any, rows: int) -> tuple[str, MatrixLayout] | None:
+    """The names and the layout of the matrices in a fused layer, by its name and the module around it; None for one.
+
+    Args:
+        rows: the layer's number of output features.
 
     Raises:
-        ValueError: its name says that it is fused, but not how.
+        ValueError: the name says that the layer is fused, but how is unknown.
     """
     for row in FUSED:
         if re.fullmatch(row.module, name) and re.fullmatch(row.parent, type(parent).__name__):
             try:
                 sizes, periods = row.cut(parent, rows)
-                layout = Layout(tuple(size for size in sizes if size), periods)
+                layout = MatrixLayout(tuple(size for size in sizes if size), periods)
                 layout.check((rows, 1))
             except (AttributeError, ValueError):
                 break
             names = row.parts.split(", ")
-            return ", ".join(names[-len(sizes) :]), layout  # without q in cross-attention, which has it elsewhere
+            return ", ".join(names[-len(sizes) :]), layout  # cross-attention has q in another layer
     else:
         if not LOOKS_FUSED.fullmatch(name):
             return None
-    raise ValueError(f"fused by its name, and how a {type(parent).__name__} lays its rows out is not known")
+    raise ValueError(f"fused by its name, but the order of its rows in a {type(parent).__name__} is unknown")
 
 
-def matrix(module: nn.Module, name: str) -> Layout | None:
-    """The layout of a raw parameter that is known to be a matrix or a stack of matrices."""
-    for kind, attribute, layout in MATRICES:
-        if re.fullmatch(kind, type(module).__name__) and re.fullmatch(attribute, name):
+def matrix(module: nn.Module, name: str) -> MatrixLayout | None:
+    """The layout of a parameter in the table ``MATRICES``; None for any other."""
+    for class_name, attribute, layout in MATRICES:
+        if re.fullmatch(class_name, type(module).__name__) and re.fullmatch(attribute, name):
             return layout(module)
     return None
 
 
-def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
-    """The layout of a stack of experts' weights ``(experts, ., .)``, None if it is not one.
+def experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> MatrixLayout | None:
+    """The layout of a stack of experts' weights ``(experts, ., .)``; None for any other parameter.
 
-    Transformers' experts say how they lie; those of Llama 4 do not, nor did GPT-OSS's at first that they alternate.
+    transformers' modules have attributes that describe the layout. Llama 4 has none, and older versions do not say that
+    the gate and up rows of GPT-OSS alternate.
     """
-    kind = type(module).__name__
-    if len(shape) != 3 or not kind.endswith(("Experts", "NaiveMoe")) or name not in EXPERTS:
+    class_name = type(module).__name__
+    if len(shape) != 3 or not class_name.endswith(("Experts", "NaiveMoe")) or name not in EXPERTS:
         return None
-    transposed = getattr(module, "is_transposed", kind == "Llama4TextExperts")
+    transposed = getattr(module, "is_transposed", class_name == "Llama4TextExperts")
     if name != "gate_up_proj":
-        return Layout(transposed=transposed)
+        return MatrixLayout(transposed=transposed)
     half = shape[-1 if transposed else -2] // 2
-    if getattr(module, "is_concatenated", kind != "GptOssExperts"):
-        return Layout((half, half), transposed=transposed)
-    return Layout((1, 1), half, transposed=transposed)
+    if getattr(module, "is_concatenated", class_name != "GptOssExperts"):
+        return MatrixLayout((half, half), transposed=transposed)
+    return MatrixLayout((1, 1), half, transposed=transposed)

@@ -1,11 +1,11 @@
-"""Which layers lead out of a model: by what transformers says, else by name, else by structure.
+"""Finds the output layers of a model: by what transformers says, else by name, else by structure.
 
-- A transformers model has a body and a head of its own, wherever it stands: everything around its body is its head.
-- Elsewhere, layers and containers with a name of :data:`HEAD` lead out.
-- Where neither has found any, the way out is followed down from the model: through the children named as in
-  :data:`OUTPUT`, else through the last one, until it reaches a layer. It ends where a stack of blocks comes last.
+- A transformers model, also inside of another model, has a body. Everything outside of the body is its head.
+- Elsewhere, layers and containers whose name matches :data:`HEAD` are heads.
+- If neither finds any, the search descends from the model: through the children whose name matches :data:`OUTPUT`, or
+  else through the last child, until it reaches a layer. If a stack of blocks comes last, there is no output layer.
 
-Of a container that leads out, such as ``classifier``, only the last layer does.
+In a container that is a head, such as ``classifier``, only the last layer is an output layer.
 """
 
 import itertools
@@ -17,55 +17,55 @@ from torch import nn
 from hf_cwd.distributed.deepspeed_zero import full_shape
 from hf_cwd.routing import adapters
 
-Child = tuple[str, nn.Module]  # with its name
+Child = tuple[str, nn.Module]  # a child module and its name
 
-# Names outside of transformers models, not those of an attention's heads and of EfficientNet's last hidden convolution.
+# Names of heads outside of transformers models. Excluded: attention heads, EfficientNet's last hidden convolution.
 HEAD = re.compile(
     r"(?!(conv|multi|attn|attention|self_attention)_?heads?)"
     r"((\w+_)?(heads?|classifiers?|score|logits|regressors?|unembed(ding)?|output_projection)|conv_out)"
 )
-# Names of children of the model, or of a part of it that leads out.
+# Names of output layers among the children of the model, or of a container that is a head.
 OUTPUT = re.compile(
     r"outs?|outputs?|final|last|outc|decoder|cls|readout|ctc|aux\w*|(out|output|cls|pred|final|last)_\w+"
     r"|\w+_predictor|(\w+_)?(out|output|pred|prediction)(_(proj|projection|layer|conv|fc|linear))?|to_(?!\w*embed)\w+",
     re.IGNORECASE,
 )
-# The same for layers: names that any layer may have. Only where no later layer takes what it gives.
+# Names that output layers share with other layers. They count only if no later layer reads the output.
 ANY_LAYER = re.compile(r"(\w+_)?(fc|linear|lin|dense|proj|projection)")
-# Models beside each other, each with an output of its own: children of these names, or members of a list that has one.
+# Names of models that run in parallel, each with an output layer: of children, or of a list whose members they are.
 MODEL = re.compile(
     r"(\w+_)?(ensemble|members|(model|net|network|estimator|branch|tower|student|teacher|actor|critic|policy|agent"
     r"|generator|discriminator)s?|value|advantage|qf?)(_\w+)?"
 )
-# Classes whose last layer leads to the next block.
+# Classes whose last layer feeds the next block.
 BLOCK = re.compile(r".*(Attention|Attn|Block|Bottleneck|(Encoder|Decoder|Transformer|Residual)Layer)")
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 LISTS = (nn.ModuleList, nn.ModuleDict)
 
-# In transformers models that do not say what their body is: names anywhere in it, and of its children. A dual encoder's
-# projections lead out of its towers.
+# Names of heads in transformers models that do not name a body: anywhere in the model, and among its children. The
+# projections of a dual encoder are the output layers of its towers.
 TRANSFORMERS_HEADS = ("lm_head", "head", "score", "classifier", "output_projection")
 TOWERS = re.compile(r"(text|visual|vision|image|audio|video)_projection|class_predictor")
-# Classes of models inside of others whose body is not all they have.
+# Classes of models inside of other models that have a head around their body.
 WITH_HEAD = re.compile(r".*(For[A-Z]|LMHead)")
-# Heads inside of transformers' bodies: pattern of the class of the module around, and of the name.
+# Heads inside of transformers' bodies: patterns for the class of the module around, and for the name.
 INNER_HEADS = (
     (r".*", re.compile(r"iou_prediction_head|pred_obj_score_head|presence_head|box_head|codec_head")),
     (r".*", re.compile(r"(enc|pre)_(score|bbox)_head|decoder_order_head|(\w+_)?bbox_embed|class_embed")),
     (r"Janus.*Head", re.compile(r"vision_head")),
-    (r".*Decoder", re.compile(r"conv_out")),  # an encoder's leads to the codes
+    (r".*Decoder", re.compile(r"conv_out")),  # an encoder's conv_out makes the codes
 )
 
 
 def output_layers(root: nn.Module) -> dict[nn.Module, str]:
-    """The modules that lead out of a model, with all that is inside of them, and the reason."""
+    """The output layers of a model and all modules inside of them, each with the reason."""
     heads = [head for model in _transformers_models(root) for head in _of_transformers(model)]
     for path, module in _walk(root):
         if HEAD.fullmatch(_name(path)):
-            heads += _way_out(module, _name(path))
+            heads += _last_layers(module, _name(path))
     reason = "output head"
     if not heads:
-        heads = [layer for layer in _way_out(root, "") if layer is not root]
+        heads = [layer for layer in _last_layers(root, "") if layer is not root]
         reason = "output head (nothing follows it)"
     return {inner: reason for head in heads for inner in head.modules()}
 
@@ -75,16 +75,16 @@ def _name(path: str) -> str:
 
 
 def _is_transformers(module: nn.Module) -> bool:
-    """Whether it is an architecture of transformers, or made like one: a PreTrainedModel that has a body."""
-    kind = type(module)
-    if not hasattr(kind, "base_model_prefix"):  # a PeftModel only passes the attribute on
+    """Whether a module is a model of transformers, or a PreTrainedModel of another library that has a body."""
+    cls = type(module)
+    if not hasattr(cls, "base_model_prefix"):  # the instance would not do: a PeftModel forwards the attribute
         return False
-    of_library = any(base.__module__.startswith("transformers.models.") for base in kind.__mro__)
-    return of_library or isinstance(getattr(module, kind.base_model_prefix or "-", None), nn.Module)
+    of_library = any(base.__module__.startswith("transformers.models.") for base in cls.__mro__)
+    return of_library or isinstance(getattr(module, cls.base_model_prefix or "-", None), nn.Module)
 
 
 def _walk(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their paths, without what is inside of transformers models and of blocks."""
+    """All modules with their paths, except transformers models, blocks, and modules inside of them."""
     if _is_transformers(root) or (path and _is_closed(root)):
         return
     yield path, root
@@ -93,15 +93,15 @@ def _walk(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_closed(module: nn.Module) -> bool:
-    """Whether no layer inside leads out of the model."""
+    """Whether a module contains no output layer."""
     return _is_of_torch(module) or adapters.is_prompt(module) or BLOCK.fullmatch(type(module).__name__) is not None
 
 
 def _is_of_torch(module: nn.Module) -> bool:
-    """Whether it is one of torch's own that consist of layers, such as its Transformer."""
-    kind = type(module)
-    by_hand = kind is nn.Module or isinstance(module, (*LAYERS, *LISTS, nn.Sequential))
-    return kind.__module__.startswith("torch.nn.modules.") and not by_hand
+    """Whether a module is one of torch's own modules that consist of layers, such as nn.Transformer."""
+    cls = type(module)
+    by_hand = cls is nn.Module or isinstance(module, (*LAYERS, *LISTS, nn.Sequential))
+    return cls.__module__.startswith("torch.nn.modules.") and not by_hand
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -114,17 +114,18 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _transformers_models(root: nn.Module) -> list[nn.Module]:
-    """The outermost ones."""
+    """The outermost transformers models in a module."""
     if _is_transformers(root):
         return [root]
     return [model for child in root.children() for model in _transformers_models(child)]
 
 
 def _of_transformers(model: nn.Module, *, nested: bool = False, in_body: bool = False) -> list[nn.Module]:
-    """The output embeddings and all that is around the body, with the same of the models inside.
+    """The heads of a transformers model and of models inside of it: output embeddings, and modules outside the body.
 
     Args:
-        nested: it is a part of another transformers model; ``in_body``: of the body of one that says what its body is.
+        nested: the model is inside of another transformers model.
+        in_body: the model is in the body of another transformers model that names its body.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = [] if output is None else [output]
@@ -136,11 +137,11 @@ def _of_transformers(model: nn.Module, *, nested: bool = False, in_body: bool = 
         heads += [module for path, module in model.named_modules() if _name(path) in TRANSFORMERS_HEADS]
         for name, child in model.named_children():
             if HEAD.fullmatch(name) or TOWERS.fullmatch(name):
-                heads += _way_out(child, name)
+                heads += _last_layers(child, name)
     for module in model.modules():
         for name, child in module.named_children():
-            if any(re.fullmatch(kind, type(module).__name__) and p.fullmatch(name) for kind, p in INNER_HEADS):
-                heads += _way_out(child, name)
+            if any(re.fullmatch(cls, type(module).__name__) and p.fullmatch(name) for cls, p in INNER_HEADS):
+                heads += _last_layers(child, name)
     within = set(body.modules()) if has_body else set()
     for inner in (m for child in model.children() for m in _transformers_models(child)):
         heads += _of_transformers(inner, nested=True, in_body=in_body or inner in within)
@@ -148,36 +149,36 @@ def _of_transformers(model: nn.Module, *, nested: bool = False, in_body: bool = 
 
 
 def _around(model: nn.Module, body: nn.Module) -> list[nn.Module]:
-    """The modules outside of the body, without other transformers models, which have heads of their own."""
-    found = []
+    """The modules outside of the body, except other transformers models, which have their own heads."""
+    outside = []
     for child in model.children():
         inside = list(child.modules())
         if child is body:
             continue
         if body not in inside and not any(map(_is_transformers, inside)):
-            found += inside
+            outside += inside
         elif not _is_transformers(child):
-            found += _around(child, body)
-    return found
+            outside += _around(child, body)
+    return outside
 
 
 # --- Everything else
 
 
-def _way_out(module: nn.Module, name: str) -> list[nn.Module]:
-    """The layers by which a module leads out; none if that is a stack of blocks, or what is not known here."""
+def _last_layers(module: nn.Module, name: str) -> list[nn.Module]:
+    """The layers that compute a module's output; none if it ends with a stack of blocks or an unknown module."""
     if _is_layer(module):
         return [module]
     children = [(n, child) for n, child in module.named_children() if _holds_matrix(child)]
     if not children or _is_transformers(module) or (_is_closed(module) if name else _is_of_torch(module)):
         return []
     if isinstance(module, LISTS) and (HEAD.fullmatch(name) or MODEL.fullmatch(name)):
-        return [layer for _, child in children for layer in _way_out(child, name)]
-    named = [layer for n, child in children if _is_named(n) for layer in _way_out(child, n)]
+        return [layer for _, child in children for layer in _last_layers(child, name)]
+    named = [layer for n, child in children if _is_named(n) for layer in _last_layers(child, n)]
     for i, (n, child) in enumerate(children):
-        if ANY_LAYER.fullmatch(n) and _is_layer(child) and not _is_taken(child, children[i + 1 :]):
+        if ANY_LAYER.fullmatch(n) and _is_layer(child) and not _is_read(child, children[i + 1 :]):
             named.append(child)
-    return named or [layer for n, child in _last(module, children) for layer in _way_out(child, n)]
+    return named or [layer for n, child in _last(module, children) for layer in _last_layers(child, n)]
 
 
 def _is_named(name: str) -> bool:
@@ -185,7 +186,7 @@ def _is_named(name: str) -> bool:
 
 
 def _last(module: nn.Module, children: list[Child]) -> list[Child]:
-    """The last child, and those that stand beside it; none if they are a stack of blocks."""
+    """The last child, and children that run in parallel with it; none if they are a stack of blocks."""
     (name, last), before = children[-1], children[:-1]
     widths = _widths(last)
     if widths is not None and isinstance(module, nn.Sequential):
@@ -195,13 +196,13 @@ def _last(module: nn.Module, children: list[Child]) -> list[Child]:
         stacked = re.search(r"\d", name) and any(type(child) is type(last) for _, child in before)
         return [] if isinstance(module, nn.ModuleList) or (stacked and not models) else [*models, children[-1]]
     beside = list(itertools.takewhile(lambda child: _read_the_same(child[1], last), reversed(before)))
-    if beside and widths[0] == widths[1]:  # they can read what the last one gives: it only was made after them
+    if beside and widths[0] == widths[1]:  # the last one may run before them, although it is defined after them
         return beside
     return [*models, *beside, children[-1]]
 
 
 def _are_models(one: Child, other: Child) -> bool:
-    """Whether two children are models beside each other, not one after the other: ``net`` and ``ema_net``."""
+    """Whether two children are models that run in parallel, not one after the other: ``net`` and ``ema_net``."""
     names = [re.sub(r"_?\d+", "", name) for name, _ in (one, other)]
     if all(map(MODEL.fullmatch, names)):
         return not _is_layer(one[1])
@@ -212,13 +213,13 @@ def _are_models(one: Child, other: Child) -> bool:
 
 
 def _read_the_same(one: nn.Module, last: nn.Module) -> bool:
-    """Whether a layer reads what the last one reads, and cannot be what the last one reads."""
+    """Whether a layer reads the same input as the last one, and its output does not fit the last one's input."""
     widths, last_widths = _widths(one), _widths(last)
     return widths is not None and widths[0] == last_widths[0] != widths[1]
 
 
 def _widths(module: nn.Module) -> tuple[int | None, int | None] | None:
-    """Input and output features of a layer, or of layers one after the other; None for anything else."""
+    """The input and output features of a layer, or of a sequence of layers; None for any other module."""
     layers = [m for m in module.modules() if isinstance(m, LAYERS)]
     in_turn = isinstance(module, nn.Sequential) and all(
         isinstance(child, LAYERS) for child in module.children() if _holds_matrix(child)
@@ -232,22 +233,25 @@ def _width(layer: nn.Module, side: str) -> int | None:
     return getattr(layer, f"{side}_features", None) or getattr(layer, f"{side}_channels", None)
 
 
-def _is_taken(layer: nn.Module, later: list[Child]) -> bool:
-    """Whether a later layer reads as many features as this one gives; as many in each place, of a convolution."""
-    given = _widths(layer)[1]
+def _is_read(layer: nn.Module, later: list[Child]) -> bool:
+    """Whether a later layer has as many input features as this one has output features.
+
+    The output of a convolution may be flattened, so that a multiple of its channels matches as well.
+    """
+    outputs = _widths(layer)[1]
     for module in (m for _, child in later for m in child.modules()):
-        read = _width(module, "in") or getattr(module, "input_size", None) or getattr(module, "embed_dim", None)
-        flattened = isinstance(layer, nn.modules.conv._ConvNd) and given and read and read % given == 0
-        if read is not None and (read == given or flattened):
+        inputs = _width(module, "in") or getattr(module, "input_size", None) or getattr(module, "embed_dim", None)
+        flattened = isinstance(layer, nn.modules.conv._ConvNd) and outputs and inputs and inputs % outputs == 0
+        if inputs is not None and (inputs == outputs or flattened):
             return True
     return False
 
 
 def _holds_matrix(module: nn.Module) -> bool:
-    """Whether it holds a weight that is no vector, outside of embeddings and of transformers models."""
+    """Whether a module holds a weight of two or more dimensions, except in embeddings and transformers models."""
     if _is_transformers(module) or adapters.is_prompt(module):
         return False
-    if _is_layer(module):  # also a quantised one, whose weight is no parameter
+    if _is_layer(module):  # also a quantised one, whose weight is not a parameter
         return True
     is_embedding = type(module).__name__.endswith(("Embedding", "EmbeddingBag"))
     own = not is_embedding and any(len(full_shape(p)) > 1 for p in module.parameters(recurse=False))

@@ -1,4 +1,4 @@
-"""Which rule for which parameter, with the reason: hidden matrices to Muon, everything else to AdamW."""
+"""Chooses a rule for each parameter, with the reason: Muon for hidden matrices, AdamW for all others."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,25 +11,27 @@ from torch.nn.parameter import is_lazy
 from hf_cwd.distributed import collectives
 from hf_cwd.distributed.deepspeed_zero import full_shape
 from hf_cwd.log import logger
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.param_groups import ROUTED_NAMES
-from hf_cwd.routing.classify import Kind, Place, kind
+from hf_cwd.routing.classify import Classification, Place, classify
 from hf_cwd.routing.heads import output_layers
-from hf_cwd.routing.target_modules import Targets
+from hf_cwd.routing.target_modules import TargetModules
 
 
 @dataclass(frozen=True)
 class Route:
-    """One parameter. ``algorithm`` None means that it is not trained.
+    """The rule of a parameter, and the reason.
 
-    ``layout`` says which matrices a matrix rule's parameter holds, None that it is one in two dimensions.
+    Attributes:
+        algorithm: the rule's name; None for a parameter that is not trained.
+        layout: for a matrix rule, the matrices that the parameter holds; None if it is one 2-D matrix.
     """
 
     name: str
     shape: tuple[int, ...]
     algorithm: str | None
     reason: str
-    layout: Layout | None = None
+    layout: MatrixLayout | None = None
 
     @property
     def numel(self) -> int:
@@ -37,17 +39,17 @@ class Route:
 
     @property
     def matrices(self) -> int:
-        """How many matrices a matrix rule finds in it."""
+        """The number of matrices in the parameter, if it has a matrix rule."""
         return 1 if self.layout is None else self.layout.count(self.shape)
 
 
 class Routing:
-    """The routes of a model's parameters; called with parameter groups, it splits them by rule and layout.
+    """The routes of a model's parameters. Calling it with parameter groups splits them by rule and layout.
 
     Attributes:
         routes: a :class:`Route` for each parameter, in the model's order.
-        outputs: the names of the output layers that were found.
-        unknown: the routes of parameters that no table knows, which a matrix rule does not get.
+        outputs: the names of the output layers.
+        unknown: the routes of parameters that are in no table; they do not go to the matrix rule.
     """
 
     def __init__(
@@ -67,27 +69,27 @@ class Routing:
         self._by_parameter = dict(routes)
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Splits groups by rule and layout, and sets their ``algorithm``; the matrices' groups come first.
+        """Splits groups by rule and layout, and sets their ``algorithm``. The groups of matrices come first.
 
-        The Trainer logs the learning rate of group 0 only, which is to be the one that was asked for. What no table
-        knows is named in one line of log.
+        The Trainer logs the learning rate of group 0 only, so that this group should have the rule that was asked for.
+        A warning names the parameters that are in no table.
 
         Args:
-            groups: torch.optim parameter groups, not mutated; other keys, such as ``weight_decay``, are kept.
+            groups: torch.optim parameter groups, not mutated. Other keys, such as ``weight_decay``, are kept.
 
         Raises:
-            ValueError: a parameter of another model, or no matrix to orthogonalise.
+            ValueError: a parameter is not of this model, or there is no matrix for the matrix rule.
         """
         first, rest = [], []
         for group in groups:
-            split: dict[tuple[str, Layout | None], list[tuple[str, Any]]] = {}
+            split: dict[tuple[str, MatrixLayout | None], list[tuple[str, Any]]] = {}
             params = group["params"]
-            for entry in [params] if isinstance(params, Tensor) else params:
-                route = self._route(entry)
+            for param in [params] if isinstance(params, Tensor) else params:
+                route = self._route(param)
                 if route is not None:
-                    split.setdefault((route.algorithm, route.layout), []).append((route.name, entry))
-            for (algorithm, layout), entries in split.items():
-                names, params = map(list, zip(*entries, strict=True))
+                    split.setdefault((route.algorithm, route.layout), []).append((route.name, param))
+            for (algorithm, layout), named in split.items():
+                names, params = map(list, zip(*named, strict=True))
                 part = {**group, "params": params, ROUTED_NAMES: names, "algorithm": algorithm}
                 if algorithm == self._matrices:
                     first.append(part | {"layout": None if layout is None else layout.as_group_value()})
@@ -111,13 +113,13 @@ class Routing:
             for reason, same in names.items()
         )
         return (
-            f"{self.unknown[0].algorithm} takes what may or may not be a matrix for {self._matrices}: {shown}. "
+            f"{self.unknown[0].algorithm} takes parameters that may be matrices for {self._matrices}: {shown}. "
             f"--optim_target_modules would give it to {self._matrices}"
         )
 
-    def _route(self, entry: Any) -> Route | None:
-        """The route of a parameter, or ``(name, parameter)``, of a group; None for a frozen one."""
-        name, p = entry if isinstance(entry, tuple) else (None, entry)
+    def _route(self, param: Any) -> Route | None:
+        """The route of a parameter, or of a pair ``(name, parameter)``; None for a frozen one."""
+        name, p = param if isinstance(param, tuple) else (None, param)
         if p not in self._by_parameter:
             raise ValueError(
                 f"parameter {name or ''} of shape {full_shape(p)} is not one of {self._model_name}'s: "
@@ -127,14 +129,14 @@ class Routing:
         if route.algorithm is not None:
             return route
         if p.requires_grad:
-            raise ValueError(f"{route.name} was frozen when the model was routed: route it again")
+            raise ValueError(f"{route.name} was frozen when the model was routed: call route again")
         return None
 
     def summary(self, details: Callable[[str], str] = lambda algorithm: "") -> str:
-        """How many matrices, tensors and parameters each rule gets, in one line.
+        """The numbers of matrices, tensors and parameters of each rule, in one line.
 
         Args:
-            details: what to add for a rule, such as its learning rate.
+            details: maps a rule to text that is added for it, such as its learning rate.
         """
         parts = []
         first = [] if self._matrices is None else [self._matrices]
@@ -162,23 +164,27 @@ def route(
     others: str = "adamw",
     target_modules: str | Sequence[str] | None = None,
 ) -> Routing:
-    """Sorts a model's parameters: hidden matrices to ``matrices``, all else to ``others``.
+    """Sorts a model's parameters: hidden matrices to the rule ``matrices``, all other parameters to ``others``.
 
-    By module and name; of sizes, only one row or column (a vector), up to 4 input channels of a convolution (raw
-    images or sound) and the widths of layers that may lead out count. Hidden matrices are the weights of linear layers
-    and convolutions, recurrent ones, stacked weights of experts, and the factors of PEFT's low-rank methods; fused
-    projections count as the matrices that they hold. Embeddings (tied to the head or not), output layers
-    (:mod:`hf_cwd.routing.heads`), vectors (norms, biases, one row or column), input convolutions, routers, positions
-    and what :mod:`hf_cwd.routing.architectures` and :mod:`hf_cwd.routing.adapters` list go to ``others``, and so does
-    what no table knows (:attr:`Routing.unknown`); frozen parameters are left out.
+    The choice goes by module and name. Sizes count only for vectors (one row or column), for convolutions of the raw
+    input (up to 4 input channels), and for layers that may be output layers.
+
+    - To ``matrices``: the weights of linear layers and convolutions, recurrent weights, stacked weights of experts, and
+      the factors of PEFT's low-rank methods. A fused projection counts as the matrices that it holds.
+    - To ``others``: embeddings (tied to the head or not), output layers (:mod:`hf_cwd.routing.heads`), vectors (norms,
+      biases, one row or column), convolutions of the raw input, routers, positions, the exceptions in
+      :mod:`hf_cwd.routing.architectures` and :mod:`hf_cwd.routing.adapters`, and parameters that are in no table
+      (:attr:`Routing.unknown`).
+    - Frozen parameters are left out.
 
     Args:
-        target_modules: restricts ``matrices`` to these modules: a regular expression for the whole name of a module,
-            a list of names, parts of names or expressions, or ``"all-linear"``; what ``--optim_target_modules`` takes.
-            Parameters of unknown kind are matrices in a named module, and go to ``others`` elsewhere.
+        target_modules: restricts ``matrices`` to these modules, as ``--optim_target_modules`` does: a regular
+            expression for the whole name of a module, a list of names, parts of names or expressions, or
+            ``"all-linear"``. A parameter that is in no table is a matrix in a named module, and goes to ``others``
+            elsewhere.
 
     Raises:
-        ValueError: a lazy layer that has no shape yet, or an entry of ``target_modules`` that names no matrix.
+        ValueError: a lazy layer has no shape yet, or an entry of ``target_modules`` names no matrix.
 
     Example:
         >>> import torch
@@ -200,15 +206,15 @@ def route(
     if lazy:
         raise ValueError(f"{lazy[0]} has no shape yet: run the model on a batch before the optimizer is made")
     heads = output_layers(model)
-    targets = None if target_modules is None else Targets(target_modules)
+    targets = None if target_modules is None else TargetModules(target_modules)
     routes, unknown = [], []
     for p, places in owners.items():
-        found = Kind(False, "frozen") if not p.requires_grad else _kind(p, places, heads, modules)
-        is_unknown = targets is None and found.is_matrix is None
+        parameter = Classification(False, "frozen") if not p.requires_grad else _classify(p, places, heads, modules)
+        is_unknown = targets is None and parameter.is_matrix is None
         if targets is not None:
-            found = targets.restrict(found, p, places)
-        algorithm = None if not p.requires_grad else matrices if found.is_matrix else others
-        routes.append((p, Route(places[0].parameter, full_shape(p), algorithm, found.reason, found.layout)))
+            parameter = targets.restrict(parameter, p, places)
+        algorithm = None if not p.requires_grad else matrices if parameter.is_matrix else others
+        routes.append((p, Route(places[0].parameter, full_shape(p), algorithm, parameter.reason, parameter.layout)))
         if is_unknown:
             unknown.append(routes[-1][1])
     if targets is not None:
@@ -217,7 +223,7 @@ def route(
 
 
 def _outermost(heads: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The names of the output layers that hold weights, without what is inside of them."""
+    """The names of the output layers that hold weights, without the modules inside of them."""
     return [
         name
         for name, module in modules.items()
@@ -227,12 +233,14 @@ def _outermost(heads: Mapping[nn.Module, str], modules: Mapping[str, nn.Module])
     ]
 
 
-def _kind(p: Tensor, places: list[Place], heads: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]) -> Kind:
+def _classify(
+    p: Tensor, places: list[Place], heads: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]
+) -> Classification:
     reasons = [heads[place.module] for place in places if place.module in heads]
     if (
         any(type(place.module).__name__.endswith(("Embedding", "EmbeddingBag")) for place in places)
         and len(full_shape(p)) == 2
     ):
-        return Kind(False, "embedding, tied to the output head" if reasons else "embedding")
-    found = kind(p, places[0], modules)
-    return Kind(False, reasons[0]) if reasons and found.is_matrix is not False else found
+        return Classification(False, "embedding, tied to the output head" if reasons else "embedding")
+    parameter = classify(p, places[0], modules)
+    return Classification(False, reasons[0]) if reasons and parameter.is_matrix is not False else parameter

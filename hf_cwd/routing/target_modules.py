@@ -1,4 +1,4 @@
-"""``--optim_target_modules``: the modules that Muon is restricted to."""
+"""``--optim_target_modules``, the modules to which Muon is restricted."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_cwd.routing.classify import Kind, Place, as_named
+from hf_cwd.routing.classify import Classification, Place, as_named
 
 OUTSIDE = "not in --optim_target_modules"
 
 
-class Targets:
-    """``--optim_target_modules``, read as transformers reads it for its own optimizers."""
+class TargetModules:
+    """Parses ``--optim_target_modules`` as transformers does for its own optimizers."""
 
     def __init__(self, wanted: str | Sequence[str]) -> None:
         if isinstance(wanted, str) and wanted.lstrip().startswith("["):
@@ -39,19 +39,19 @@ class Targets:
             except re.error as error:
                 raise ValueError(f"--optim_target_modules {entry!r} is not a regular expression: {error}") from None
 
-    def restrict(self, found: Kind, p: Tensor, places: list[Place]) -> Kind:
-        """The kind of a parameter, no longer a matrix outside the named modules."""
+    def restrict(self, parameter: Classification, p: Tensor, places: list[Place]) -> Classification:
+        """Treats parameters outside of the named modules as no matrices, and unknown ones inside as matrices."""
         entries = [entry for entry in self._entries if any(self._names(entry, place) for place in places)]
-        if found.is_matrix is None:
-            found = as_named(p) if entries else Kind(False, f"{OUTSIDE} ({found.reason})")
+        if parameter.is_matrix is None:
+            parameter = as_named(p) if entries else Classification(False, f"{OUTSIDE} ({parameter.reason})")
         for entry in entries:
-            if found.is_matrix:
+            if parameter.is_matrix:
                 self._used[entry] = True
             else:
-                self._refused.setdefault(entry, f"{places[0].parameter} is: {found.reason}")
-        if found.is_matrix and not entries:
-            return Kind(False, OUTSIDE)
-        return found
+                self._refused.setdefault(entry, f"{places[0].parameter} is: {parameter.reason}")
+        if parameter.is_matrix and not entries:
+            return Classification(False, OUTSIDE)
+        return parameter
 
     def _names(self, entry: str, place: Place) -> bool:
         if self._all_linear:
@@ -62,6 +62,7 @@ class Targets:
         return False
 
     def check(self, matrices: str) -> None:
+        """Raises ValueError for an entry that names no matrix."""
         for entry, used in self._used.items():
             if not used:
                 why = self._refused.get(entry, "no module has such a name")
@@ -69,14 +70,14 @@ class Targets:
 
 
 def _from_json(text: str) -> Any:
-    """A JSON list, or the text itself where it is a regular expression that begins as one."""
+    """Parses a JSON list. A regular expression that begins with a bracket is returned as text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        # Names of modules have no quotes, and no commas outside of a quantifier: who writes them means a list.
+        # Names of modules have no quotes, and no commas outside of a quantifier: text with them is meant as a list.
         if re.search("[\"',]", re.sub(r"\{\d*,\d*\}", "", text)):
             raise ValueError(
-                f"--optim_target_modules {text!r} begins as a JSON list and is none: {error}. Write it as "
+                f"--optim_target_modules {text!r} begins like a JSON list, but is not valid JSON: {error}. Write it as "
                 """'["q_proj", "v_proj"]', in quotes that keep the shell from reading it"""
             ) from None
         return text

@@ -1,4 +1,4 @@
-"""The registry of rules. A new rule is one file here and one line below."""
+"""The registry of rules. A new rule needs one file here and one line below."""
 
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import COMMON, Rule

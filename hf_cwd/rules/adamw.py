@@ -27,7 +27,7 @@ def direction(
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # Multiplied by reciprocals, as torch does for a division by a number on a GPU, but not on a CPU.
+    # Multiply by reciprocals. torch divides by a number that way on a GPU, but not on a CPU.
     denominator = exp_avg_sq.sqrt().mul_((1 - beta2**step) ** -0.5).add_(eps)
     return exp_avg.div(denominator).mul_(1 / (1 - beta1**step))
 
@@ -37,5 +37,5 @@ RULE = Rule(
     direction=direction,
     state_keys=lambda group: ("exp_avg", "exp_avg_sq"),
     hyperparameters={"betas": Betas((0.9, 0.999)), "eps": Real(1e-8)},
-    aliases={"state1": "exp_avg", "state2": "exp_avg_sq"},  # bitsandbytes'
+    aliases={"state1": "exp_avg", "state2": "exp_avg_sq"},  # bitsandbytes' names
 )

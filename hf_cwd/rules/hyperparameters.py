@@ -1,4 +1,4 @@
-"""Declared hyper-parameters: one place for the default, the type, the valid range and how a string is read."""
+"""Types of hyper-parameters: each has a default, a valid range, a check of values and a parser of strings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from hf_cwd.newton_schulz.orthogonalize import COEFFICIENTS
 
 @dataclass(frozen=True)
 class Real:
-    """A float in ``[low, high)``; ``high`` None means unbounded. A one-element tensor is taken where ``tensor``."""
+    """A float in ``[low, high)``; ``high=None`` means unbounded. With ``tensor`` a one-element tensor is valid too."""
 
     default: float
     low: float = 0.0
@@ -30,13 +30,13 @@ class Real:
 
     def check(self, value: Any) -> float | Tensor:
         if self.tensor and isinstance(value, Tensor):
-            # A schedule writes to a tensor in place: it must be able to hold the number, and have no history.
+            # A schedule writes to the tensor in place, so that it must be floating-point and need no gradient.
             if value.numel() != 1 or not value.is_floating_point() or value.is_meta or value.requires_grad:
                 raise ValueError
             self.check(value.item())
             return value
         number = _number(value)
-        # NaN fails every comparison, so it is refused here too.
+        # NaN fails every comparison, so that this refuses it too.
         if not self.low <= number < (math.inf if self.high is None else self.high):
             raise ValueError
         return number
@@ -66,7 +66,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Flag:
-    """True or False. Strings are read as words: ``bool("false")`` would be True."""
+    """True or False. The strings "true" and "false" are parsed as words, since ``bool("false")`` is True."""
 
     default: bool
     valid = "true or false"
@@ -82,7 +82,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words. ``aliases``: other optimizers' values for them."""
+    """One of several strings. ``aliases`` maps other optimizers' values to them."""
 
     default: str
     choices: tuple[str, ...]
@@ -104,10 +104,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Betas:
-    """Two floats in ``[0, 1)``, written ``0.9:0.95`` in a string."""
+    """Two floats in ``[0, 1)``, ``0.9:0.95`` as a string."""
 
     default: tuple[float, float]
-    valid = "two numbers >= 0 and < 1, written 0.9:0.95 on a command line"
+    valid = "two numbers >= 0 and < 1"
 
     def parse(self, text: str) -> tuple[float, float]:
         return self.check([float(part) for part in text.split(":")])
@@ -121,19 +121,16 @@ class Betas:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Newton-Schulz coefficients: the name of a table, ``(a, b, c)``, or a sequence of such triples.
+    """Newton-Schulz coefficients: the name of a table, a triple ``(a, b, c)``, or a sequence of triples.
 
-    A string has the numbers of all triples after one another, ``a:b:c:a:b:c``.
+    As a string, the numbers of all triples in order: ``a:b:c:a:b:c``.
     """
 
     default: str
 
     @property
     def valid(self) -> str:
-        return (
-            f"one of {', '.join(COEFFICIENTS)}, or (a, b, c) or several such triples, with a >= 1, written a:b:c or "
-            "a:b:c:a:b:c on a command line"
-        )
+        return f"one of {', '.join(COEFFICIENTS)}, or (a, b, c) or several such triples, with a >= 1"
 
     def parse(self, text: str) -> Any:
         if text in COEFFICIENTS:
@@ -151,7 +148,7 @@ class Coefficients:
     @staticmethod
     def _triple(value: Any) -> tuple[float, float, float]:
         a, b, c = _numbers(value)
-        # Each iteration multiplies singular values near 0 by a, and is to bring them to 1.
+        # An iteration multiplies singular values near 0 by a, and must bring them closer to 1.
         if not (a >= 1 and math.isfinite(a + b + c)):
             raise ValueError
         return (a, b, c)
@@ -160,19 +157,20 @@ class Coefficients:
 Hyperparameter = Real | Integer | Flag | Choice | Betas | Coefficients
 
 
-def checked(owner: str, name: str, kind: Hyperparameter, value: Any, *, text: bool = False) -> Any:
-    """``value`` as ``kind`` takes it, or a ValueError that names the value and what would be valid.
-
-    NumPy's scalars and arrays are taken as the Python numbers and lists that they hold.
+def checked(owner: str, name: str, hyperparameter: Hyperparameter, value: Any, *, text: bool = False) -> Any:
+    """Validates and converts a value. NumPy scalars and arrays become Python numbers and lists.
 
     Args:
-        owner: who is configured, for the message (``"adamw"``, ``"--optim_args"``).
-        text: ``value`` is a string from a command line.
+        owner: what is configured, for the message (``"adamw"``).
+        text: whether ``value`` is a string that is to be parsed.
+
+    Raises:
+        ValueError: the value is not valid. The message says what is.
     """
     try:
-        return kind.parse(value) if text else kind.check(_plain(value))
+        return hyperparameter.parse(value) if text else hyperparameter.check(_plain(value))
     except (ValueError, TypeError, KeyError, IndexError, OverflowError):
-        raise ValueError(f"{owner}: {name}={value!r} is not valid: {name} is {kind.valid}") from None
+        raise ValueError(f"{owner}: {name}={value!r} is not valid: {name} is {hyperparameter.valid}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -180,13 +178,13 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    """A real number as a float; True and ``"1e-3"`` are none."""
+    """Converts a real number to float. True and ``"1e-3"`` are not real numbers here."""
     if isinstance(value, bool) or not isinstance(value, RealNumber):
         raise TypeError
     return float(value)
 
 
 def _numbers(value: Any) -> list[float]:
-    if isinstance(value, str) or not isinstance(value, Sequence):  # a set has no order, and a mapping loses values
+    if isinstance(value, str) or not isinstance(value, Sequence):  # a set has no order, a mapping would give its keys
         raise TypeError
     return [_number(_plain(each)) for each in value]

@@ -14,7 +14,7 @@ def direction(grad: Tensor, exp_avg: Tensor, *, step: int, betas: tuple[float, f
 
     Args:
         grad: g, any shape.
-        exp_avg: m, same shape, mutated after u was taken.
+        exp_avg: m, same shape, mutated after u is computed.
         step: unused; Lion has no bias correction.
 
     Returns:

@@ -15,28 +15,30 @@ NS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": to
 
 
 def direction(grad: Tensor, exp_avg: Tensor, *, step: int, momentum: float, nesterov: bool, **_: Any) -> Tensor:
-    """The momentum that is to be orthogonalised, as torch.optim.Muon keeps it::
+    """The momentum before its orthogonalisation, as in torch.optim.Muon::
 
         M <- mu M + (1 - mu) G
         u  = mu M + (1 - mu) G  if nesterov else M
 
-    The paper writes ``M <- mu M + G``: the factor ``1 - mu`` drops out in the orthogonalisation.
+    The paper has ``M <- mu M + G``. The factor ``1 - mu`` has no effect on the orthogonalised direction.
 
     Args:
-        grad: G, any slice of it.
+        grad: G, or any slice of it.
         exp_avg: M, same shape, mutated.
         step: unused.
 
     Returns:
-        u; without nesterov it is ``exp_avg`` itself.
+        u; without nesterov this is ``exp_avg`` itself.
     """
     exp_avg.lerp_(grad, 1 - momentum)
     return grad.lerp(exp_avg, momentum) if nesterov else exp_avg
 
 
 def dtype(direction: torch.dtype, device: str, *, ns_dtype: str, **_: Any) -> torch.dtype:
-    """The dtype of the iteration: ``auto`` is bfloat16 as in torch.optim.Muon, but float32 on a CPU, few of which
-    multiply bfloat16 matrices as fast, and float64 for float64 directions.
+    """The dtype of the iteration.
+
+    ``auto`` means float64 for float64 directions, float32 on CPUs, most of which are slow in bfloat16, and otherwise
+    bfloat16, as in torch.optim.Muon.
     """
     if ns_dtype != "auto":
         return NS_DTYPES[ns_dtype]
@@ -48,7 +50,7 @@ def dtype(direction: torch.dtype, device: str, *, ns_dtype: str, **_: Any) -> to
 def orthogonalize(
     u: Tensor, *, ns_steps: int, ns_coefficients: Any, ns_dtype: str, ns: str, eps: float, **_: Any
 ) -> Tensor:
-    """``O = NewtonSchulz(u)`` of whole matrices ``(..., rows, columns)``, in :func:`dtype`."""
+    """``O = NewtonSchulz(u)`` for whole matrices ``(..., rows, columns)``, computed in :func:`dtype`."""
     number = dtype(u.dtype, u.device.type, ns_dtype=ns_dtype)
     return newton_schulz(u, coefficients=ns_coefficients, steps=ns_steps, eps=eps, dtype=number, form=ns)
 
@@ -61,9 +63,10 @@ def flops(rows: int, columns: int, *, ns_steps: int, ns_coefficients: Any, ns: s
 def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
     """The factor on the orthogonal direction of a ``(..., rows, columns)`` parameter.
 
-    ``match_rms_adamw``: ``0.2 * sqrt(max(rows, columns))`` (arXiv 2502.16982), an update of AdamW's size, so that one
-    learning rate and one weight decay serve both; ``original``: ``sqrt(max(1, rows / columns))``; ``none``: 1, the
-    paper's Algorithm 5.
+    - ``match_rms_adamw``: ``0.2 * sqrt(max(rows, columns))`` (arXiv 2502.16982). Updates have the RMS of AdamW's, so
+      that one learning rate and one weight decay fit both.
+    - ``original``: ``sqrt(max(1, rows / columns))``.
+    - ``none``: 1, as in the paper's Algorithm 5.
     """
     rows, columns = full_shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
@@ -72,7 +75,7 @@ def scale(full_shape: Sequence[int], *, adjust_lr_fn: str, **_: Any) -> float:
 
 
 def validate(group: Mapping[str, Any]) -> None:
-    """Refuses an iteration that takes singular values, which are at most 1 when it begins, away from 1."""
+    """Raises ValueError if the iteration does not bring singular values from (0, 1] near 1."""
     coefficients, steps = group["ns_coefficients"], group["ns_steps"]
     for start in (i / 20 for i in range(1, 21)):
         value = singular_value(start, coefficients=coefficients, steps=steps)

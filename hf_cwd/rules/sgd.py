@@ -19,7 +19,7 @@ def direction(
     nesterov: bool,
     ema: bool,
 ) -> Tensor:
-    """The gradient, or its momentum::
+    """The gradient, or with momentum::
 
         m <- g                              at the first step (torch.optim.SGD)
         m <- momentum m + (1 - dampening) g afterwards
@@ -33,7 +33,7 @@ def direction(
         step: t, from 1.
 
     Returns:
-        u, bit for bit torch.optim.SGD's. It may be ``grad`` or ``momentum_buffer`` itself.
+        u, bit for bit that of torch.optim.SGD. It may be ``grad`` or ``momentum_buffer`` itself.
     """
     if momentum_buffer is None:
         return grad

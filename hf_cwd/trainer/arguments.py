@@ -1,4 +1,4 @@
-"""TrainingArguments with an optimizer of this package by default, and what :class:`CWDTrainer` is told by them."""
+"""TrainingArguments with an optimizer of this package by default, and the options of :class:`CWDTrainer`."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -7,34 +7,33 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_cwd.trainer.handler import asked_for
-from hf_cwd.trainer.optim_args import as_text
+from hf_cwd.trainer.optim_args import as_text, asked_for
 from hf_cwd.trainer.optim_names import PREFIX, chosen
 
 LOGS, NOT_FINITE, VERIFY = ("summary", "groups", "off"), ("stop", "skip", "ignore"), ("full", "fast", "off")
 
 
-@dataclass(init=False)  # a subclass without @dataclass must find its other base's __init__, and is then told
+@dataclass(init=False)  # a subclass without @dataclass gets its other base's __init__, and __post_init__ refuses it
 class CWDArgumentsMixin:
     """Adds ``cwd_*`` fields to a class of training arguments, and makes ``cwd_adamw`` the default of ``--optim``.
 
-    For TrainingArguments, Seq2SeqTrainingArguments and TRL's configs. It comes first among the bases, and the class
-    is a dataclass.
+    It works with TrainingArguments, Seq2SeqTrainingArguments and TRL's configs. It must be the first base, and the
+    class must be a dataclass.
 
     Attributes:
-        cwd_log: what a logged step says of the weight decay: ``"summary"``, ``"groups"`` or ``"off"``; None is what
-            ``cwd_log`` in ``--optim_args`` says, else ``"summary"``. Any Trainer heeds it.
-        cwd_not_finite: what :class:`hf_cwd.CWDTrainer` does about a step whose gradients are not finite: ``"stop"``
-            (raise before the step), ``"skip"`` (leave weights and states as they are; 20 times in a row is an error)
-            or ``"ignore"``. Other Trainers do not look.
-        cwd_verify: what a checkpoint is compared with before a run goes on from it: ``"full"`` (the checksums of all
-            files), ``"fast"`` (sizes, and the headers of safetensors) or ``"off"``; None is what ``cwd_verify`` in
-            ``--optim_args`` says, else ``"full"``.
+        cwd_log: which statistics of the weight decay the Trainer logs: ``"summary"``, ``"groups"`` or ``"off"``. None
+            means the value of ``cwd_log`` in ``--optim_args``, or ``"summary"``. It applies to any Trainer.
+        cwd_not_finite: what :class:`hf_cwd.CWDTrainer` does if the gradients of a step are not finite: ``"stop"``
+            (raise an error before the step), ``"skip"`` (leave weights and states as they are; an error after 20 times
+            in a row) or ``"ignore"``. Other Trainers do not check.
+        cwd_verify: how a checkpoint is compared with its manifest before a run resumes from it: ``"full"`` (checksums
+            of all files), ``"fast"`` (sizes, and the headers of safetensors) or ``"off"``. None means the value of
+            ``cwd_verify`` in ``--optim_args``, or ``"full"``.
 
     Raises:
-        ValueError: another value, ``cwd_log`` for an optimizer that is not of this package, or one that contradicts
-            ``--optim_args``.
-        TypeError: the class is no dataclass, or has its bases in the other order.
+        ValueError: an invalid value, a value that contradicts ``--optim_args``, or ``cwd_log`` for an optimizer that is
+            not of this package.
+        TypeError: the class is not a dataclass, or CWDArgumentsMixin is not its first base.
 
     Example:
         >>> from dataclasses import dataclass
@@ -53,14 +52,14 @@ class CWDArgumentsMixin:
     cwd_log: str | None = field(
         default=None,
         metadata={
-            "help": "What a logged step says of the weight decay; by default what --optim_args says, else summary.",
+            "help": "Which statistics of the weight decay are logged. Default: cwd_log in --optim_args, or summary.",
             "choices": LOGS,
         },
     )
     cwd_not_finite: str = field(
         default="stop",
         metadata={
-            "help": "What CWDTrainer does about a step whose gradients are not finite: stop the run, skip the step, or "
+            "help": "What CWDTrainer does if the gradients of a step are not finite: stop the run, skip the step, or "
             "ignore it.",
             "choices": NOT_FINITE,
         },
@@ -68,8 +67,8 @@ class CWDArgumentsMixin:
     cwd_verify: str | None = field(
         default=None,
         metadata={
-            "help": "How a checkpoint is compared with its manifest before a run goes on from it: full (checksums), "
-            "fast (sizes and headers) or off; by default what --optim_args says, else full.",
+            "help": "How a checkpoint is compared with its manifest before a run resumes from it: full (checksums), "
+            "fast (sizes and headers) or off. Default: cwd_verify in --optim_args, or full.",
             "choices": VERIFY,
         },
     )
@@ -80,7 +79,7 @@ class CWDArgumentsMixin:
         if TrainingArguments in order and order.index(TrainingArguments) < order.index(CWDArgumentsMixin):
             base = next(b.__name__ for b in cls.__bases__ if issubclass(b, TrainingArguments))
             raise TypeError(
-                f"class {cls.__name__}: {base} stands before CWDArgumentsMixin and would hide what it sets: write "
+                f"class {cls.__name__}: {base} comes before CWDArgumentsMixin and would override its defaults: write "
                 f"class {cls.__name__}(CWDArgumentsMixin, {base})"
             )
 
@@ -88,8 +87,8 @@ class CWDArgumentsMixin:
         name = type(self).__name__
         if not {"output_dir", "cwd_log"} <= {each.name for each in dataclasses.fields(self)}:
             raise TypeError(
-                f"class {name} has not the fields of all its bases: put @dataclass above it, and TrainingArguments or "
-                "a class made of it beside CWDArgumentsMixin"
+                f"class {name} lacks fields of CWDArgumentsMixin or TrainingArguments: add @dataclass to it, and "
+                "derive it from CWDArgumentsMixin and from TrainingArguments or a subclass"
             )
         for key, value, valid in (
             ("cwd_log", self.cwd_log, (None, *LOGS)),
@@ -109,11 +108,11 @@ class CWDArgumentsMixin:
         super().__post_init__()
 
     def _pass_on_log(self) -> None:
-        """Writes ``cwd_log`` into ``optim_args``, where it is read under any Trainer."""
+        """Writes ``cwd_log`` into ``optim_args``, where the callback of any Trainer reads it."""
         if not chosen(self).startswith(PREFIX):
             raise ValueError(
-                f"cwd_log={self.cwd_log!r} has no effect on optim={chosen(self)!r}, which is no optimizer of hf_cwd: "
-                "leave it out"
+                f"cwd_log={self.cwd_log!r} has no effect with optim={chosen(self)!r}, which is not an optimizer of "
+                "hf_cwd: leave it out"
             )
         parts = self.optim_args.replace(" ", "").split(",") if self.optim_args else []
         said = [part.partition("=")[2] for part in parts if part.partition("=")[0] == "cwd_log"]

@@ -1,4 +1,4 @@
-"""DeepSpeed under the Trainer: what its configuration must, may and must not say beside ``--optim cwd_*``."""
+"""DeepSpeed under the Trainer: reads and checks its configuration together with ``--optim cwd_*``."""
 
 import dataclasses
 import os
@@ -14,7 +14,8 @@ from hf_cwd.log import warn_once
 from hf_cwd.trainer.optim_args import as_text, written
 from hf_cwd.trainer.optim_names import PREFIX, chosen, names, unknown_name
 
-# What has not been tried with the optimizers here, or cannot work: a key, whether its value asks for it, and its name.
+# Features that do not work with these optimizers, or are untested: a key, whether its value turns the feature on, and
+# the name of the feature.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("zero_optimization.zero_hpz_partition_size", lambda size: size > 1, "hpZ"),
     ("zero_optimization.mics_shard_size", lambda size: size > 0, "MiCS"),
@@ -40,14 +41,14 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def is_used(args: Any) -> bool:
-    """Whether TrainingArguments, finished or not, or ``accelerate launch`` ask for DeepSpeed."""
+    """Whether TrainingArguments or ``accelerate launch`` ask for DeepSpeed; TrainingArguments need not be finished."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
 
 
 def adopt_section(args: Any) -> None:
-    """Lets an ``"optimizer"`` section of the configuration that names one of our optimizers work as ``--optim`` does.
+    """Copies an ``"optimizer"`` section that names one of our optimizers into ``optim`` and ``optim_args``.
 
-    Called before transformers reads the configuration; it must not see the section, see :func:`drop_section`.
+    Called before transformers reads the configuration. :func:`drop_section` then removes the section.
 
     Raises:
         ValueError: the section contradicts a flag, or names another optimizer while ``--optim`` names one of ours.
@@ -55,22 +56,22 @@ def adopt_section(args: Any) -> None:
     section = _read(args).get("optimizer")
     if not section:
         return
-    kind, flag = str(section.get("type")), chosen(args)
-    name = kind.lower()
+    type_name, flag = str(section.get("type")), chosen(args)
+    name = type_name.lower()
     if not name.startswith(PREFIX):
         if flag.startswith(PREFIX):
             raise ValueError(
-                f"--optim {flag} is given, and DeepSpeed's configuration has an optimizer of its own, which would take "
-                f'its place: delete the line "optimizer": {{"type": "{kind}", ...}} from it'
+                f"--optim {flag} is given, and DeepSpeed's configuration has an optimizer of its own, which would "
+                f'replace it: delete the line "optimizer": {{"type": "{type_name}", ...}} from it'
             )
         return
     if name not in names():
-        raise ValueError(f"DeepSpeed's configuration names the optimizer {kind}: {unknown_name(name)}")
+        raise ValueError(f"DeepSpeed's configuration names the optimizer {type_name}: {unknown_name(name)}")
     default = next(field.default for field in dataclasses.fields(args) if field.name == "optim")
     if flag not in (name, str(getattr(default, "value", default))):
         raise ValueError(
-            f'--optim {flag} is given, and DeepSpeed\'s configuration says "optimizer": {{"type": "{kind}", ...}}: '
-            "delete one of them"
+            f'--optim {flag} is given, and DeepSpeed\'s configuration says "optimizer": {{"type": "{type_name}", '
+            "...}: delete one of them"
         )
     values = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
     for key, attribute in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
@@ -86,24 +87,25 @@ def adopt_section(args: Any) -> None:
 
 
 def drop_section(args: Any) -> None:
-    """Takes that section out of what transformers and Accelerate have read."""
+    """Removes the section of :func:`adopt_section` from the configuration that transformers has read."""
     plugin = getattr(args, "deepspeed_plugin", None)
     config = {} if plugin is None else plugin.hf_ds_config.config
     if str(config.get("optimizer", {}).get("type")).lower().startswith(PREFIX):
         del config["optimizer"]
-        known = getattr(plugin.hf_ds_config, "mismatches", [])  # with flags that mean another optimizer's parameters
-        known[:] = [line for line in known if not line.startswith("- ds optimizer.")]
+        # Complaints that compare the section with flags of other optimizers.
+        mismatches = getattr(plugin.hf_ds_config, "mismatches", [])
+        mismatches[:] = [line for line in mismatches if not line.startswith("- ds optimizer.")]
 
 
 def check(args: Any, name: str, arguments: Mapping[str, Any]) -> None:
-    """Called with finished TrainingArguments, and again where the optimizer is made.
+    """Checks the configuration; called with finished TrainingArguments, and again when the optimizer is made.
 
     Args:
         name: the value of ``--optim``.
-        arguments: the optimizer's.
+        arguments: the optimizer's keyword arguments.
 
     Raises:
-        ValueError: something in the configuration that has not been tried with hf_cwd, or cannot work.
+        ValueError: the configuration asks for something that does not work with hf_cwd, or is untested.
     """
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is None:
@@ -135,9 +137,9 @@ def check(args: Any, name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def meet(args: Any) -> None:
-    """Tells DeepSpeed of the other processes on a CPU: with --use_cpu Accelerate starts their communication itself.
+    """Initialises DeepSpeed's communication on CPUs, where Accelerate initialises only torch's (``--use_cpu``).
 
-    It would take each process for the only one, and refuse the batch size when stage 3 cuts a model as it is loaded.
+    Otherwise DeepSpeed assumes one process, and refuses the batch size when stage 3 partitions a model at load time.
     """
     if args.use_cpu and is_used(args) and torch.distributed.is_initialized():
         from deepspeed import comm
@@ -147,9 +149,9 @@ def meet(args: Any) -> None:
 
 
 def keep_ours() -> None:
-    """Prevents Accelerate from putting DeepSpeedCPUAdam in the place of our optimizer, which it does under offload.
+    """Prevents Accelerate from replacing our optimizer by DeepSpeedCPUAdam, which it does under offload.
 
-    Called where the optimizer is made, after which Accelerate reads the configuration.
+    Called when the optimizer is made; Accelerate reads the configuration after that.
     """
     from accelerate.state import AcceleratorState
 
@@ -159,14 +161,14 @@ def keep_ours() -> None:
 
 
 def missing_tools() -> list[str]:
-    """What DeepSpeed lacks to compile its communication for CPUs, which it does when processes meet the first time."""
+    """The missing tools among those with which DeepSpeed compiles its communication for CPUs at the first start."""
     compiler = os.environ.get("CXX", "c++")
     lacking = [] if shutil.which(compiler.split()[0]) else [f"a C++ compiler ({compiler})"]
     return lacking if shutil.which("ninja") else [*lacking, "ninja"]
 
 
 def check_tools(name: str) -> None:
-    """Raises RuntimeError where processes would end in the middle of a compilation that cannot work."""
+    """Raises RuntimeError if DeepSpeed must compile its communication and a tool for that is missing."""
     if not torch.accelerator.is_available() and (missing := missing_tools()):
         raise RuntimeError(
             f"--optim {name}: without an accelerator DeepSpeed compiles its communication when it starts, and needs "
@@ -185,7 +187,7 @@ def _read(args: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML, and some JSON, has ``1e-3`` as text."""
+    """Converts text such as ``1e-3``, which YAML does not read as a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

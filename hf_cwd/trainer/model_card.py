@@ -1,4 +1,4 @@
-"""The model card says what trained the model: which optimizer, with which decay, mask and options."""
+"""Adds to the model card what trained the model: the optimizer, its decay, mask and options."""
 
 import re
 from pathlib import Path
@@ -10,29 +10,29 @@ import hf_cwd
 from hf_cwd.optim.optimizer import CWDOptimizer
 from hf_cwd.routing.route import route
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.callbacks.run_record import settings
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.callbacks.run_record import optimizer_settings
 from hf_cwd.trainer.handler import CLASSES
 from hf_cwd.trainer.optim_names import PREFIX, chosen
+from hf_cwd.trainer.wrappers import innermost
 
 PAPER = "https://arxiv.org/abs/2510.12402"
 BEGIN, END = "<!-- hf_cwd: optimizer -->", "<!-- hf_cwd: end -->"
 SECTION = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n\n?", re.DOTALL)
-# What the Trainer writes of --optim: one line, or two where the arguments have a line to themselves.
+# The Trainer's entry for --optim: one line, or two if the arguments are on a line of their own.
 STOCK = re.compile(r"^- optimizer: Use .*?\n(?=- |\n|\Z)", re.MULTILINE | re.DOTALL)
 VERSIONS = re.compile(r"^### Framework versions$", re.MULTILINE)
 
 
 def complete(trainer: Any) -> None:
-    """Adds the optimizer to the card in the output directory, in its text and its tags; any number of times.
+    """Adds the optimizer to the text and the tags of the card in the output directory. A second call changes nothing.
 
     Args:
-        trainer: of :class:`hf_cwd.CWDTrainerMixin`, whose base class has just written the card.
+        trainer: a :class:`hf_cwd.CWDTrainerMixin` whose base class has just written the card.
     """
     path = Path(trainer.args.output_dir) / "README.md"
     if not path.is_file():
         return
-    values = settings(trainer.args, trainer.optimizer)
+    values = optimizer_settings(trainer.args, trainer.optimizer)
     card = metadata_load(path) or {}
     tags = card.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags

@@ -1,4 +1,4 @@
-"""Which model a Trainer has, for those who ask for its optimizer by its TrainingArguments alone."""
+"""Finds a Trainer's model by its TrainingArguments, for callers that ask for an optimizer without giving the model."""
 
 import gc
 import weakref
@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_seen: list[tuple[weakref.ref[TrainingArguments], weakref.ref[nn.Module]]] = []  # of every Trainer that is still there
+_seen: list[tuple[weakref.ref[TrainingArguments], weakref.ref[nn.Module]]] = []  # one pair for each live Trainer
 
 
 class ModelCallback(TrainerCallback):
-    """Notes the model of every Trainer that is made, and keeps none alive."""
+    """Keeps a weak reference to the model of every Trainer."""
 
     def on_init_end(
         self,
@@ -26,27 +26,27 @@ class ModelCallback(TrainerCallback):
 
 
 def model_of(args: TrainingArguments, name: str) -> nn.Module:
-    """The model of the Trainer that has these very arguments.
+    """The model of the Trainer that has this very ``args`` object.
 
     Args:
         name: the value of ``--optim``, for the message.
 
     Raises:
-        ValueError: there is none, or Trainers with these arguments have several models.
+        ValueError: there is no such Trainer, or several with different models.
     """
     if len(_models(args)) > 1:
-        gc.collect()  # a Trainer that is gone leaves cycles, and its model in them
+        gc.collect()  # a deleted Trainer and its model can be part of a reference cycle
     models = _models(args)
     if len(models) == 1:
         return models[0]
-    found = f"{len(models)} Trainers with these TrainingArguments have a model each" if models else (
-        "no Trainer with these TrainingArguments has been made yet"
-    )  # fmt: skip
+    reason = "no Trainer with these TrainingArguments has been made yet"
+    if models:
+        reason = f"{len(models)} Trainers with these TrainingArguments have a model each"
     raise ValueError(
-        f"{name} sorts the parameters of a model, and {found}: write Trainer.get_optimizer_cls_and_kwargs(args, model)"
+        f"{name} sorts the parameters of a model, and {reason}: write Trainer.get_optimizer_cls_and_kwargs(args, model)"
     )
 
 
 def _models(args: TrainingArguments) -> list[nn.Module]:
-    models = [model() for known, model in _seen if known() is args]
+    models = [model() for of_trainer, model in _seen if of_trainer() is args]
     return list({id(model): model for model in models if model is not None}.values())

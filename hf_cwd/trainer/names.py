@@ -1,4 +1,4 @@
-"""Where environments that ``hf-cwd enable`` has set up, and pickled TrainingArguments, look for these."""
+"""An import path to keep: pickled TrainingArguments and environments set up by ``hf-cwd enable`` use it."""
 
 from hf_cwd.trainer.registration import member, register
 

@@ -1,4 +1,4 @@
-"""The values of ``--optim`` that this package adds, and which of them TrainingArguments ask for."""
+"""The values of ``--optim`` that this package adds, and the one that TrainingArguments ask for."""
 
 import difflib
 import re
@@ -11,15 +11,15 @@ PREFIX = "cwd_"
 
 
 def names() -> list[str]:
-    """One for each rule."""
+    """The values of ``--optim``, one for each rule."""
     return [PREFIX + rule for rule in RULES]
 
 
 def unknown_name(name: str, others: Iterable[str] = ()) -> str | None:
-    """The error for a value of ``--optim`` that nobody has; None where it is not like one of ours.
+    """The error message for an unknown value of ``--optim``; None if it does not resemble one of ours.
 
     Args:
-        others: those that there are, of transformers too.
+        others: all valid values, those of transformers included.
     """
     ours, plain = PREFIX.strip("_"), re.sub("[^a-z0-9]", "", name.lower())
     is_ours = plain.startswith(ours)
@@ -34,5 +34,5 @@ def unknown_name(name: str, others: Iterable[str] = ()) -> str | None:
 
 
 def chosen(args: Any) -> str:
-    """The value of ``--optim``, which is a string until TrainingArguments have made it a member."""
+    """The value of ``--optim``: ``args.optim`` is a string first, and a member of OptimizerNames later."""
     return str(getattr(args.optim, "value", args.optim))

@@ -1,10 +1,13 @@
-"""Makes ``cwd_<rule>`` values of ``--optim``: real members of transformers' OptimizerNames, with handlers.
+"""Registers ``cwd_<rule>`` as values of ``--optim``: members of transformers' OptimizerNames, with handlers.
 
-transformers has no public call for this, so six things are added to it, once it is imported by whoever wants it:
-members of the enum (HfArgumentParser takes its choices from there), entries in the Trainer's table of handlers, a check
-of ``optim_args`` when TrainingArguments are built, before any model is loaded, the nearest name for a wrong one,
-callbacks which log what the decay does, see to it that the optimizer that trains is the one that was asked for, write
-down its settings, and note which model a Trainer has, and a look at the checkpoint that a run goes on from.
+transformers has no public function for this. Once it is imported, this module adds to it:
+
+- members of the enum, from which HfArgumentParser takes its choices;
+- entries in the Trainer's table of handlers;
+- a check of the arguments when TrainingArguments are built, before a model is loaded;
+- a suggestion of the nearest name for an unknown one;
+- default callbacks, see ``_CALLBACKS``;
+- the verification of a checkpoint before a run resumes from it.
 """
 
 import argparse
@@ -17,29 +20,30 @@ from types import ModuleType
 from typing import Any
 
 from hf_cwd import startup
-from hf_cwd.trainer.handler import check_finished_arguments, check_training_arguments, handler
+from hf_cwd.trainer.argument_checks import check_finished_arguments, check_training_arguments
+from hf_cwd.trainer.handler import handler
 from hf_cwd.trainer.optim_names import names, unknown_name
 
-_lock = threading.Lock()  # never held while anything is imported, which may wait for a thread that waits for it
-# In this order: what is measured stands in a log before it is looked at.
+_lock = threading.Lock()  # not to be held during an import, which may wait for a thread that waits for this lock
+# In this order: the guard reads what the diagnostics have added to a log.
 _CALLBACKS = {
     "hf_cwd.trainer.callbacks.diagnostics": "DiagnosticsCallback",
-    "hf_cwd.trainer.callbacks.guard": "OptimizerGuard",
+    "hf_cwd.trainer.callbacks.optimizer_guard": "OptimizerGuard",
     "hf_cwd.trainer.callbacks.run_record": "RunRecordCallback",
     "hf_cwd.trainer.callbacks.checkpoint": "CheckpointCallback",
     "hf_cwd.trainer.model_lookup": "ModelCallback",
 }
-_RESUMES = "hf_cwd.trainer.resume_hooks"  # what the plain Trainer is given beside its callbacks
+_RESUMES = "hf_cwd.trainer.resume_hooks"  # wraps methods of the Trainer
 _PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")
 
 
 def register() -> None:
-    """Registers the names now if transformers is imported, else as soon as it is. Any number of calls do the same."""
+    """Registers the names now if transformers is imported, else as soon as it is. More calls change nothing."""
     startup.install()
 
 
 def add_to(module: ModuleType) -> None:
-    """Adds to one of :data:`hf_cwd.startup.MODULES`, which has been executed. Any number of calls do the same."""
+    """Adds to one of :data:`hf_cwd.startup.MODULES` after its execution. More calls change nothing."""
     _ACTIONS[module.__name__](module)
 
 
@@ -55,9 +59,9 @@ def unregister() -> None:
             for name in names():
                 handlers.pop(arguments.OptimizerNames._value2member_map_.get(name), None)
                 _remove_member(arguments.OptimizerNames, name)
-            checked = arguments.TrainingArguments.__post_init__
-            if hasattr(checked, "_hf_cwd_original"):
-                arguments.TrainingArguments.__post_init__ = checked._hf_cwd_original
+            wrapped = arguments.TrainingArguments.__post_init__
+            if hasattr(wrapped, "_hf_cwd_original"):
+                arguments.TrainingArguments.__post_init__ = wrapped._hf_cwd_original
         trainer = sys.modules.get("transformers.trainer")
         if trainer is not None:
             trainer.DEFAULT_CALLBACKS[:] = [c for c in trainer.DEFAULT_CALLBACKS if c.__module__ not in _CALLBACKS]
@@ -69,7 +73,7 @@ def unregister() -> None:
 
 
 def member(name: str) -> Any:
-    """The OptimizerNames member of a name; what a pickled member calls in a process that never imported hf_cwd."""
+    """The OptimizerNames member of a name. Unpickling a member calls this, also if hf_cwd was not imported before."""
     register()
     return importlib.import_module("transformers.training_args").OptimizerNames(name)
 
@@ -93,7 +97,7 @@ def _on_training_args(module: ModuleType) -> None:
 
 
 def _on_trainer_optimizer(module: ModuleType) -> None:
-    # Before 5.2 there is no such table; check_training_arguments says so to whoever asks for one of our names.
+    # Before 5.2 there is no such table; check_training_arguments refuses our names there.
     handlers = getattr(module, "_OPTIMIZER_HANDLERS", {})
     with _lock:
         for name in names():
@@ -119,7 +123,7 @@ def _on_hf_argparser(module: ModuleType) -> None:
             convert = original(choices)
 
             def convert_or_suggest(text: str) -> Any:
-                # argparse would list some forty names, in no order, ours at the end.
+                # argparse would list some forty names in no order.
                 is_optim = any(name in choices for name in names())
                 if is_optim and text not in choices and (error := unknown_name(text, choices)) is not None:
                     raise argparse.ArgumentTypeError(error)
@@ -140,7 +144,7 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def _add_member(enum: Any, value: str) -> Any:
-    """The member of a ``str`` enum, added where it is missing as if it stood in the class (Python 3.11 to 3.13)."""
+    """Returns the member of a ``str`` enum; adds it if it is missing (works for Python 3.11 to 3.13)."""
     if value in enum._value2member_map_:
         return enum._value2member_map_[value]
     new = str.__new__(enum, value)
@@ -148,9 +152,9 @@ def _add_member(enum: Any, value: str) -> Any:
     new._value_ = value
     new.__objclass__ = enum
     new._sort_order_ = len(enum._member_names_)
-    # Enum pickles by value, and a process without our names has no such value: load through member() instead.
+    # Enum pickles by value, which fails to load in a process without our names: pickle a call of member() instead.
     new.__reduce_ex__ = lambda protocol: (member, (value,))
-    # EnumType refuses to set or delete an attribute that is a member; type does not ask.
+    # EnumType refuses to set or delete an attribute that is a member; type does not.
     type.__setattr__(enum, new._name_, new)
     enum._member_map_[new._name_] = new
     enum._value2member_map_[value] = new

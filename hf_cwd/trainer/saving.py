@@ -1,4 +1,4 @@
-"""How :class:`hf_cwd.CWDTrainer` saves: a checkpoint has its name only when all of it is on the disk."""
+"""How :class:`hf_cwd.CWDTrainer` saves: a checkpoint gets its name when all of its files are on the disk."""
 
 import importlib.metadata
 from pathlib import Path
@@ -9,11 +9,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 import hf_cwd
-from hf_cwd.checkpoint import manifest, saved_layout
+from hf_cwd.checkpoint import manifest, saved_parallelism
 from hf_cwd.checkpoint.files import CheckpointError, written_early
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.log import warn_once
-from hf_cwd.trainer.resuming import check_layout, chosen_checkpoint, may_begin_fresh, missing, verify_mode
+from hf_cwd.trainer.resuming import check_parallelism, chosen_checkpoint, may_begin_fresh, missing, verify_mode
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
@@ -21,9 +21,10 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 class SavingMixin:
     """The saving and resuming of :class:`hf_cwd.CWDTrainerMixin`.
 
-    The Trainer's ``_save_checkpoint`` saves, notes the best checkpoint, pushes and rotates in one method. Here it saves
-    into a directory beside the checkpoints, in which there is nothing to rotate; then all ranks' files are put onto the
-    disk, the manifest is written, and the checkpoint gets its name. After that it is pushed, and old ones are removed.
+    The Trainer's ``_save_checkpoint`` saves, records the best checkpoint, pushes to the Hub and rotates. Here it saves
+    into a temporary directory, which has no old checkpoints to rotate. Then all ranks sync their files to the disk, the
+    manifest is written, and the checkpoint is renamed to its final name. Only then is it pushed, and old ones are
+    removed.
     """
 
     _cwd_storage: Storage | None = None
@@ -31,14 +32,14 @@ class SavingMixin:
     _cwd_is_to_push = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, from a checkpoint that was compared with its manifest before.
+        """``Trainer.train`` that verifies the checkpoint before it resumes from it.
 
         Args:
-            resume_from_checkpoint: a checkpoint, which must be what was saved; or True, the newest in the output
-                directory that is.
+            resume_from_checkpoint: a checkpoint; or True for the newest intact one in the output directory.
 
         Raises:
-            CheckpointError: a ValueError that says what differs, or why no checkpoint will do.
+            CheckpointError: a ValueError that says what differs from what was saved, or why no checkpoint can be
+                resumed from.
         """
         if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
             storage = self._cwd_storage_of(self.args.output_dir, saves=self.args.save_strategy != SaveStrategy.NO)
@@ -47,25 +48,25 @@ class SavingMixin:
                 storage, resume_from_checkpoint, mode=verify_mode(self.args), fresh=fresh
             )
             if resume_from_checkpoint is not None:
-                check_layout(storage, resume_from_checkpoint, self._cwd_layout(), fresh=fresh)
+                check_parallelism(storage, resume_from_checkpoint, self._cwd_parallelism(), fresh=fresh)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _cwd_storage_of(self, directory: str | Path, *, saves: bool = True) -> Storage:
-        """What is known of a directory, found out once; a run that does not save need not be able to write there."""
-        known = self._cwd_storage
-        if known is None or known.directory != Path(directory) or (saves and not known.is_probed):
+        """The Storage of a directory, probed once. A run that does not save need not be able to write there."""
+        storage = self._cwd_storage
+        if storage is None or storage.directory != Path(directory) or (saves and not storage.is_probed):
             self._cwd_storage = Storage(directory, is_probed=saves)
         return self._cwd_storage
 
-    def _cwd_layout(self) -> str | None:
-        """How this run keeps its states, in the words of :mod:`hf_cwd.checkpoint.saved_layout`."""
+    def _cwd_parallelism(self) -> str | None:
+        """How this run shards its states, in the words of :mod:`hf_cwd.checkpoint.saved_parallelism`."""
         if self.is_deepspeed_enabled:
             stage = self.args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
-            kind = saved_layout.PARTITIONED if stage == 3 else saved_layout.FLAT
-            return saved_layout.zero(kind, self.args.world_size) if stage else None
+            stages = saved_parallelism.STAGE_3 if stage == 3 else saved_parallelism.STAGES_1_2
+            return saved_parallelism.zero(stages, self.args.world_size) if stage else None
         if self.is_fsdp_enabled:
-            return saved_layout.FSDP.format(self.accelerator.state.fsdp_plugin.state_dict_type.name)
-        return saved_layout.LOAD_TIME if getattr(self, "_cwd_is_sharded", False) else saved_layout.WHOLE
+            return saved_parallelism.FSDP.format(self.accelerator.state.fsdp_plugin.state_dict_type.name)
+        return saved_parallelism.LOAD_TIME if getattr(self, "_cwd_is_sharded", False) else saved_parallelism.WHOLE
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._cwd_staging is None else str(self._cwd_staging)
@@ -93,7 +94,7 @@ class SavingMixin:
                 self._cwd_seal(storage, staging / name)
                 storage.publish(staging, name)
             else:
-                # A subclass, or another version of the Trainer, that does not ask _get_output_dir for the directory.
+                # A subclass, or another version of the Trainer, may not use _get_output_dir.
                 warn_once(
                     f"{type(self).__name__} saved {name} directly, not where CWDTrainer told it: the manifest is "
                     "written afterwards, and a run that is killed in between leaves a checkpoint without one"
@@ -117,7 +118,7 @@ class SavingMixin:
         storage.seal(checkpoint, step=self.state.global_step, versions=versions(), is_resumable=is_resumable)
 
     def _cwd_note_best(self, storage: Storage, checkpoint: Path) -> None:
-        """The best checkpoint's path, of which the Trainer saw in the other directory only this one's, if any."""
+        """Sets the final path of the best checkpoint; the Trainer saw only the temporary directory."""
         step, seen = self.state.best_global_step, self.state.best_model_checkpoint
         if not step or self.args.save_strategy == SaveStrategy.NO:
             return
@@ -129,22 +130,22 @@ class SavingMixin:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that wrote a checkpoint."""
-    found = {"hf_cwd": hf_cwd.__version__}
+    """The versions of the packages that write a checkpoint."""
+    result = {"hf_cwd": hf_cwd.__version__}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def _check_node(checkpoint: Path) -> None:
     if lacks := missing(checkpoint):
         raise CheckpointError(
             f"on this node it has no {', no '.join(lacks)}",
-            f"Nodes have disks of their own here, and transformers {transformers.__version__} does not write all that "
-            "each needs, with save_on_each_node or without: give an --output_dir that all nodes share",
+            f"Each node has its own disk here, and transformers {transformers.__version__} does not write all files "
+            "that a node needs, with or without save_on_each_node: give an --output_dir that all nodes share",
         )
 
 
@@ -154,8 +155,8 @@ def _failure(storage: Storage, name: str, error: Exception) -> str:
         for other in storage.checkpoints().values()
         if other != name and manifest.exists(storage.directory / other)
     ]
-    last = f"{whole[-1]} and those before it are as they were" if whole else "no checkpoint was saved before it"
+    last = f"{whole[-1]} and older checkpoints are unchanged" if whole else "no checkpoint was saved before it"
     return (
         f"{name} could not be saved in {storage.directory}: {type(error).__name__}: {error}. Nothing else was touched: "
-        f"{last}. Make room, or see to what the error says, and go on by resume_from_checkpoint=True"
+        f"{last}. Free disk space, or fix what the error says, and continue with resume_from_checkpoint=True"
     )

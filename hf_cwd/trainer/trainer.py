@@ -1,4 +1,4 @@
-"""A Trainer that trains with an optimizer of this package or not at all, and says so in what it leaves behind."""
+"""A Trainer that trains with an optimizer of this package or not at all, and that writes verifiable checkpoints."""
 
 from typing import Any
 
@@ -9,34 +9,35 @@ from transformers import Trainer
 from hf_cwd.optim.optimizer import CWDOptimizer
 from hf_cwd.trainer import model_card
 from hf_cwd.trainer.callbacks.checkpoint import CheckpointCallback
-from hf_cwd.trainer.checks import innermost
-from hf_cwd.trainer.non_finite import FiniteGuard
+from hf_cwd.trainer.gradient_guard import GradientGuard
 from hf_cwd.trainer.optim_names import PREFIX, chosen, names
+from hf_cwd.trainer.rank_checkpoints import RankCheckpointMixin
 from hf_cwd.trainer.saving import SavingMixin
-from hf_cwd.trainer.sharded_checkpoints import LoadedSharded
+from hf_cwd.trainer.wrappers import innermost
 
 
-class CWDTrainerMixin(LoadedSharded, SavingMixin):
-    """Makes a Trainer, or a class made of it such as TRL's, one that trains with cautious weight decay or not at all.
+class CWDTrainerMixin(RankCheckpointMixin, SavingMixin):
+    """Makes a Trainer, or a subclass such as TRL's, train with cautious weight decay or not at all.
 
-    It comes first among the bases. Any TrainingArguments do whose ``optim`` is ``cwd_*``;
-    :class:`hf_cwd.CWDArgumentsMixin` makes that the default, and has the fields that say what happens here.
+    It must be the first base. It works with any TrainingArguments whose ``optim`` is ``cwd_*``.
+    :class:`hf_cwd.CWDArgumentsMixin` makes that the default, and adds the fields named below.
 
-    - Another optimizer is an error, when the trainer is made. ``optimizers=(CWDMuon(...), None)`` is taken as it is,
-      and ``optim`` then is ``"cwd_muon"`` too, or no ``cwd_*``.
-    - A step whose gradients are not finite stops the run on all ranks, before it is made, with an error that names the
-      parameters; or it is skipped by all ranks (``cwd_not_finite``): weights, states and step counts stay as they are,
-      the batch is used up, ``global_step`` and the schedule go on, and logs have the number as ``cwd/skipped_steps``.
-    - A checkpoint gets its name when all of it is on the disk, with a manifest; a run that is killed while it saves
-      goes on from the one before it. ``resume_from_checkpoint=True`` takes the newest that is what was saved, and no
-      run goes on from one that is not (``cwd_verify``).
-    - Models that transformers shards at load time (``DistributedConfig``) can be saved and resumed, on as many ranks
-      and with the same configuration.
+    - Another optimizer is an error when the trainer is made. ``optimizers=(CWDMuon(...), None)`` is accepted if
+      ``optim`` is ``"cwd_muon"`` or not a ``cwd_*`` name.
+    - If the gradients of a step are not finite, all ranks stop before the step, with an error that names the
+      parameters, or all ranks skip it (``cwd_not_finite``). A skipped step leaves weights, states and step counts
+      unchanged. It uses up its batch, ``global_step`` and the schedule advance, and logs count it in
+      ``cwd/skipped_steps``.
+    - A checkpoint gets its name when all of its files are on the disk, with a manifest. A run that is killed during a
+      save resumes from the checkpoint before it. ``resume_from_checkpoint=True`` takes the newest intact one, and no
+      run resumes from a damaged one (``cwd_verify``).
+    - Models that transformers shards at load time (``DistributedConfig``) can be saved and resumed, with the same
+      number of ranks and the same configuration.
     - The model card says what trained the model.
 
     Raises:
-        ValueError: the optimizer is another, or ``cwd_not_finite="skip"`` is impossible here.
-        RuntimeError: in training, for gradients that are not finite.
+        ValueError: the optimizer is not of this package, or ``cwd_not_finite="skip"`` is impossible here.
+        RuntimeError: during training, if gradients are not finite.
 
     Example:
         >>> from hf_cwd import CWDTrainerMixin
@@ -55,26 +56,26 @@ class CWDTrainerMixin(LoadedSharded, SavingMixin):
             if "'cwd_" not in str(error):
                 raise
             raise TypeError(
-                f"{type(self).__name__} makes arguments of its own class of a {type(given).__name__}, and that class "
-                "has no cwd_* fields: give it arguments of its own class, such as "
+                f"{type(self).__name__} converts a {type(given).__name__} to its own class of arguments, which has no "
+                "cwd_* fields: give it arguments of its own class, such as "
                 "@dataclass class Arguments(CWDArgumentsMixin, SFTConfig)"
             ) from error
         self._check_optimizer(self.args, (self.optimizer, None), self.optimizer_cls_and_kwargs)
-        self.remove_callback(CheckpointCallback)  # for what SavingMixin does itself
+        self.remove_callback(CheckpointCallback)  # SavingMixin does its work
 
     def _check_optimizer(self, args: Any, optimizers: Any, cls_and_kwargs: Any) -> None:
-        kind = type(self).__name__
+        trainer = type(self).__name__
         made = None if optimizers is None else innermost(optimizers[0])
         cls = type(made) if made is not None else None if cls_and_kwargs is None else cls_and_kwargs[0]
         if cls is None:
             if chosen(args) not in names():
                 raise ValueError(
-                    f"{kind} trains with an optimizer of hf_cwd, and optim is {chosen(args)!r}: give "
+                    f"{trainer} trains with an optimizer of hf_cwd, and optim is {chosen(args)!r}: give "
                     f"CWDTrainingArguments, or optim='cwd_adamw' (or another of {', '.join(names())})"
                 )
         elif not (isinstance(cls, type) and issubclass(cls, CWDOptimizer)):
             raise ValueError(
-                f"{kind} trains with an optimizer of hf_cwd, and was given {getattr(cls, '__name__', cls)} by "
+                f"{trainer} trains with an optimizer of hf_cwd, and was given {getattr(cls, '__name__', cls)} by "
                 f"{'optimizers=' if made is not None else 'optimizer_cls_and_kwargs='}: give a CWDAdamW, CWDLion, "
                 "CWDMuon or CWDSGD, or leave it out and name one by optim='cwd_adamw'"
             )
@@ -82,13 +83,13 @@ class CWDTrainerMixin(LoadedSharded, SavingMixin):
             name = PREFIX + made.defaults["algorithm"]
             if chosen(args) != name:
                 raise ValueError(
-                    f"{kind} was given {cls.__name__} by optimizers=, and optim is {chosen(args)!r}: give "
+                    f"{trainer} was given {cls.__name__} by optimizers=, and optim is {chosen(args)!r}: give "
                     f"optim={name!r}, or leave one of them out"
                 )
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self._cwd_guard = FiniteGuard(self)
+        self._cwd_guard = GradientGuard(self)
         self._cwd_guard.install(self.accelerator)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,7 +98,7 @@ class CWDTrainerMixin(LoadedSharded, SavingMixin):
         return loss
 
     def _mixed_mesh_grad_norm(self, model: torch.nn.Module, max_norm: float) -> Tensor:
-        """What newer versions of the Trainer call, in place of Accelerate's, for gradients on several meshes."""
+        """Newer versions of the Trainer call this instead of ``clip_grad_norm_`` for gradients on several meshes."""
         if self._cwd_guard.is_on:
             return self._cwd_guard.clip(model.parameters(), max_norm)
         return super()._mixed_mesh_grad_norm(model, max_norm)
@@ -114,7 +115,7 @@ class CWDTrainerMixin(LoadedSharded, SavingMixin):
 
 
 class CWDTrainer(CWDTrainerMixin, Trainer):
-    """The Trainer with what :class:`CWDTrainerMixin` adds to it.
+    """The Trainer with :class:`CWDTrainerMixin`.
 
     Example:
         >>> from hf_cwd import CWDTrainer, CWDTrainingArguments

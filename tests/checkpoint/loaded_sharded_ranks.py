@@ -20,7 +20,7 @@ from transformers.distributed import DistributedConfig
 from hf_cwd import CWDTrainer
 from hf_cwd.checkpoint import rank_files
 from hf_cwd.distributed.dtensor import is_dtensor, local
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.wrappers import innermost
 from scripts import cpu_ranks
 from scripts.forked_runs import clean_state, finish, start
 from tests.distributed import trainer_ranks

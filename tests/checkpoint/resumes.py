@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, Trainer
 from hf_cwd import CWDTrainer, CWDTrainingArguments
 from hf_cwd.checkpoint.files import CheckpointError
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.handler import options
+from hf_cwd.trainer.optim_args import options
 from scripts.crash_checkpoints import loaded
 from scripts.forked_runs import LAYOUTS, LONGEST, clean_state, finish, start, tiny_llama, train, warm_up
 

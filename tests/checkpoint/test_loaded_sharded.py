@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from hf_cwd import CWDAdamW, CWDTrainer
 from hf_cwd.checkpoint import rank_files
-from hf_cwd.checkpoint.restore import Part
+from hf_cwd.checkpoint.restore import RankFile
 from scripts.bench_machine import peak_of
 from tests.checkpoint.loaded_sharded_ranks import CASES, REFUSALS
 from tests.support.forking import fork
@@ -90,12 +90,12 @@ WORDS = {
     "wrong_layout": LAYOUTS.format(2, "tp_size=2"),
     "wrong_rule": "the saved state is of rule 'adamw'",
     "wrong_dtype": "model.embed_tokens.weight has dtype F32, and had F64 when it was saved",
-    "wrong_model": "the checkpoint has lm_head.weight, which the model has not",
-    "missing": "holds the parts of 1 of 2 ranks, and cwd_part-00001-of-00002.safetensors is missing",
-    "truncated": "cwd_part-00001-of-00002.safetensors is damaged or was cut short",
+    "wrong_model": "the checkpoint has lm_head.weight, and the model does not",
+    "missing": "has files of 1 of 2 ranks, and cwd_part-00001-of-00002.safetensors is missing",
+    "truncated": "cwd_part-00001-of-00002.safetensors is damaged or was cut off",
     "renamed": "holds the part of rank 0 of 2: it was renamed",
     "mixed": "was saved at step 4, and trainer_state.json beside it at step 2",
-    "no_parts": "holds no weights and states of ranks",
+    "no_parts": "has no file of this rank",
     "no_scheduler": "scheduler.pt is missing",
     "flipped": "cwd_part-00001-of-00002.safetensors",
 }
@@ -204,13 +204,14 @@ def stepped():
 
 
 ALONE = {"rank": 0, "world": 1}
+SAVED = {**ALONE, "parallelism": "one part", "global_step": 2}
 
 
 def test_file_is_plain_safetensors_that_bring_back_every_bit(stepped, tmp_path):
     model, optimizer = stepped
     weights = rank_files.tensors_of(model)
     assert list(weights) == ["half16", "full7", "matrix", "none", "flag", "count"]
-    rank_files.save(tmp_path / rank_files.file_name(0, 1), weights, optimizer, **ALONE, layout="one part")
+    rank_files.save(tmp_path / rank_files.file_name(0, 1), weights, optimizer, **SAVED)
     loaded = load_file(tmp_path / rank_files.file_name(0, 1))
     before = {name: tensor.detach().clone() for name, tensor in weights.items()}
     assert all(torch.equal(loaded[f"weights/{name}"], tensor) for name, tensor in before.items())
@@ -219,7 +220,7 @@ def test_file_is_plain_safetensors_that_bring_back_every_bit(stepped, tmp_path):
     for tensor in weights.values():
         tensor.data.zero_()
     fresh = CWDAdamW(list(model.parameters()), lr=torch.tensor(0.5))
-    part = Part(tmp_path, weights, **ALONE, layout="one part")
+    part = RankFile(tmp_path, weights, **ALONE, parallelism="one part")
     assert part.load_weights() == 6
     fresh.load_state_dict(part.optimizer_state(fresh))
     assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
@@ -239,7 +240,7 @@ def test_saving_a_part_copies_no_tensor(tmp_path):
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
     path, weights = tmp_path / rank_files.file_name(0, 1), rank_files.tensors_of(model)
-    needed = peak_of(lambda: rank_files.save(path, weights, optimizer, **ALONE), "cpu")
+    needed = peak_of(lambda: rank_files.save(path, weights, optimizer, **SAVED), "cpu")
     if needed is None:
         pytest.skip("the kernel does not tell the peak of the resident set")
     assert needed < path.stat().st_size / 12
@@ -250,26 +251,26 @@ def test_what_a_file_cannot_hold_is_refused_by_name(stepped, tmp_path):
     weights, path = rank_files.tensors_of(model), tmp_path / rank_files.file_name(0, 1)
     optimizer.param_groups[0]["mine"] = object()
     with pytest.raises(ValueError, match="parameter group 0 has mine=<object"):
-        rank_files.save(path, weights, optimizer, **ALONE)
+        rank_files.save(path, weights, optimizer, **SAVED)
     del optimizer.param_groups[0]["mine"], weights["full7"]
-    with pytest.raises(ValueError, match=r"a parameter of shape \(7,\) that the model does not have"):
-        rank_files.save(path, weights, optimizer, **ALONE)
+    with pytest.raises(ValueError, match=r"a parameter of shape \(7,\) that is not in the model"):
+        rank_files.save(path, weights, optimizer, **SAVED)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda about: about.update(format=2), "is in format 2, and this version of hf_cwd reads format 1"),
+        (lambda about: about.update(format=2), "is in format 2, but this version of hf_cwd reads format 1"),
         (lambda about: about.pop("groups"), "is in format 1"),
-        (lambda about: about.update(states=3), "it holds 12 states, of 6 tensors and 3 states that were written"),
+        (lambda about: about.update(states=3), "it has 12 states, and 6 tensors and 3 states were written"),
         (lambda about: about["tensors"]["full7"].update(shape=[8]), r"full7 has shape \[7\], and had \[8\]"),
-        (lambda about: about["tensors"].update(more={}), "the checkpoint has more, which the model has not"),
+        (lambda about: about["tensors"].update(more={}), "the checkpoint has more, and the model does not"),
     ],
 )
 def test_header_that_does_not_fit_is_refused(stepped, tmp_path, change, words):
     model, optimizer = stepped
     weights, path = rank_files.tensors_of(model), tmp_path / rank_files.file_name(0, 1)
-    rank_files.save(path, weights, optimizer, **ALONE)
+    rank_files.save(path, weights, optimizer, **SAVED)
     header = path.read_bytes()
     length = int.from_bytes(header[:8], "little")
     entries = json.loads(header[8 : 8 + length])
@@ -279,14 +280,14 @@ def test_header_that_does_not_fit_is_refused(stepped, tmp_path, change, words):
     text = json.dumps(entries).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + header[8 + length :])
     with pytest.raises(ValueError, match=words):
-        Part(tmp_path, weights, **ALONE, layout="one part")
+        RankFile(tmp_path, weights, **ALONE, parallelism="one part")
 
 
 def test_groups_with_other_parameters_are_refused(stepped, tmp_path):
     model, optimizer = stepped
     weights = rank_files.tensors_of(model)
-    rank_files.save(tmp_path / rank_files.file_name(0, 1), weights, optimizer, **ALONE)
-    part = Part(tmp_path, weights, **ALONE, layout="one part")
+    rank_files.save(tmp_path / rank_files.file_name(0, 1), weights, optimizer, **SAVED)
+    part = RankFile(tmp_path, weights, **ALONE, parallelism="one part")
     with pytest.raises(ValueError, match=r"no longer matrix, none\. Freeze and route them as in that run"):
         part.optimizer_state(CWDAdamW([model.half16, model.full7]))
     with pytest.raises(ValueError, match="their order is another"):

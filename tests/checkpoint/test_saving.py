@@ -180,14 +180,14 @@ def test_without_a_manifest(train, out, said):
     (out / "checkpoint-3" / "trainer_state.json").unlink()
     assert_same(train(True), whole)
     assert "checkpoint-2 has no cwd_manifest.json, as when the plain Trainer saved it: it is taken as it is" in said()
-    assert "checkpoint-4 is damaged: optimizer.pt has no end" in said()
-    assert "checkpoint-3 has no trainer_state.json: its run was killed while it was saved" in said()
+    assert "checkpoint-4 is damaged: optimizer.pt was cut off" in said()
+    assert "checkpoint-3 has no trainer_state.json: its run was killed during the save" in said()
 
 
 def test_nothing_to_resume_from(train, out):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be resumed from: it has none"):
         train(True)
-    with pytest.raises(CheckpointError, match=r"elsewhere is no directory\. Give the path of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"elsewhere is not a directory\. Give the path of a checkpoint"):
         train(str(out / "elsewhere"))
     train(max_steps=1, save_only_model=True)
     for resume in (True, str(out / "checkpoint-1")):
@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(train, out):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert "Nothing else was touched: checkpoint-2 and those before it are as they were. Make room" in str(caught.value)
+    assert "Nothing else was touched: checkpoint-2 and older checkpoints are unchanged. Free " in str(caught.value)
     assert checkpoints(out) == ["checkpoint-1", "checkpoint-2"]
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != "cwd_run.json")
     assert_same(train(True, max_steps=3), reference)

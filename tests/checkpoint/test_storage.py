@@ -53,7 +53,7 @@ def test_what_was_sealed_gets_its_name_and_what_was_not_is_removed(tmp_path):
     assert tree(tmp_path) == ["checkpoint-4/cwd_manifest.json", "checkpoint-4/model.bin"]
     assert os.listdir(tmp_path) == ["checkpoint-4"]
     assert len(lines) == 5
-    assert sum("was whole, and had not got its name" in line for line in lines) == 1
+    assert sum("is complete and has its name now" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("is_new_whole", [True, False])

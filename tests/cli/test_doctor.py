@@ -238,7 +238,7 @@ def test_tools_that_deepspeed_lacks(there, missing, fix, operations, tmp_path, m
     problems = []
     assert doctor.deepspeed(problems)["compiler and ninja"] == f"missing: {missing}"
     (problem,) = problems
-    assert problem.endswith(f"DeepSpeed compiles its communication, and lacks {missing}; try: {fix}")
+    assert problem.endswith(f"DeepSpeed must compile its communication, and {missing} is missing; try: {fix}")
 
 
 def test_with_an_accelerator_deepspeed_compiles_nothing_at_its_start(operations, monkeypatch):
@@ -274,6 +274,6 @@ def test_a_directory_that_pip_knows_nothing_of(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where no package's metadata is
     problems = []
     report = doctor.versions(problems)
-    assert report["hf_cwd"].endswith("not installed by pip: which versions of others it supports is not known")
+    assert report["hf_cwd"].endswith("not installed by pip: which versions of other packages it supports is not known")
     assert report["torch"].startswith(torch.__version__)
     assert problems == []

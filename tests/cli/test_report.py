@@ -57,7 +57,7 @@ def test_runs_of_the_trainer(tmp_path, monkeypatch, capsys):
     assert "<td>100.0 %" in text  # plain decay decays every element
     difference = sum(ends[f"cwd-seed{seed}"] - ends[f"plain-seed{seed}"] for seed in (1, 2)) / 2
     assert f"<td>{difference:+.4f}</td>".replace("-", MINUS) in text
-    assert "Two seeds are too few to lean on." in text
+    assert "Two seeds are too few to rely on." in text
 
 
 def test_a_directory_without_a_run(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """What pieces.py and plan.py should find, counted out element by element; imports nothing from hf_cwd.distributed.
 
-A tensor is the flat numbers of its elements; torch's own placements cut it, and ``Layout.matrices`` takes it apart.
+A tensor is the flat numbers of its elements; torch's own placements cut it, ``MatrixLayout.matrices`` takes it apart.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import placement_types
 from torch.distributed.tensor.placement_types import Replicate
 
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 ROOT = Path(__file__).parents[2]
 R, S = Replicate(), placement_types.Shard
@@ -31,7 +31,7 @@ class Param(NamedTuple):
     mesh: tuple[int, ...]
     ranks: tuple[int, ...]
     placements: tuple[Any, ...]
-    layout: Layout = Layout()
+    layout: MatrixLayout = MatrixLayout()
     bytes: int = 4
 
 
@@ -65,7 +65,7 @@ def replicas_of(param: Param) -> dict[int, int]:
     return {rank: order.index(own) for rank, own in zip(param.ranks, kept, strict=True)}
 
 
-def matrices_of(shape: tuple[int, ...], layout: Layout) -> list[Tensor]:
+def matrices_of(shape: tuple[int, ...], layout: MatrixLayout) -> list[Tensor]:
     """The elements of each matrix, (rows, columns): of each member of a stack those fused into it."""
     blocks = [block.reshape(prod(block.shape[:-2]), *block.shape[-2:]) for block in layout.matrices(numbers(shape))]
     return [matrix for members in zip(*blocks, strict=True) for matrix in members]

@@ -11,7 +11,7 @@ from hf_cwd.distributed.build import Source, build
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.rank_groups import alone
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.matrix_step import MatrixLoop, PreparedExchange
 from hf_cwd.rules import RULES
 
@@ -41,7 +41,7 @@ class Loop(MatrixLoop):
 def test_whole_matrices(as_offered):
     params = [torch.randn(shape, generator=torch.manual_seed(k)) for k, shape in enumerate(SHAPES)]
     stage = Stage.of("muon", HYPER)
-    sources = [Source(p, f"matrix {k}", Layout(), stage, torch.float32) for k, p in enumerate(params)]
+    sources = [Source(p, f"matrix {k}", MatrixLayout(), stage, torch.float32) for k, p in enumerate(params)]
     exchange = build(sources, alone(), share="never", exchange_bytes=1 << 20)
     loop = Loop(exchange, params, as_offered=as_offered)
     loop.run(lambda: None)

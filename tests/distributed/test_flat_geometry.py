@@ -9,7 +9,7 @@ import torch
 from hf_cwd.distributed.deepspeed_zero import FlatShard, Fragment
 from hf_cwd.distributed.flat_geometry import Held, Line, stage_3, stages_1_2
 from hf_cwd.distributed.geometry import check, held, matrix_shapes
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 SEEDS = range(20)
 
@@ -24,13 +24,18 @@ def random_shape(draw):
 
 def random_layout(draw, shape):
     if len(shape) < 2:
-        return Layout()
-    choices = [Layout(), Layout(transposed=True), Layout(flattened=True), Layout(transposed=True, flattened=True)]
+        return MatrixLayout()
+    choices = [
+        MatrixLayout(),
+        MatrixLayout(transposed=True),
+        MatrixLayout(flattened=True),
+        MatrixLayout(transposed=True, flattened=True),
+    ]
     rows = shape[-2]
     first = draw.randint(1, rows)
     if first < rows:
-        choices += [Layout(sizes=(first, rows - first))]
-    choices += [Layout(sizes=(1,), periods=rows)]
+        choices += [MatrixLayout(sizes=(first, rows - first))]
+    choices += [MatrixLayout(sizes=(1,), periods=rows)]
     return draw.choice(choices)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DeviceMesh, distribute_tensor
 
 from hf_cwd.distributed import dtensor, geometry
 from hf_cwd.distributed.geometry import Mesh, Piece, Segment, check, everywhere, held, matrix_shapes
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from tests.distributed import brute
 from tests.distributed.brute import SS, Param, R, S, random_mesh, random_param, random_placement, run
 
@@ -102,24 +102,24 @@ def test_by_hand(shape, mesh, placements, rank, expected):
 
 # What the sweep over placements meets: stacks, fused and interleaved projections, transposed ones, convolutions.
 LAYOUTS = [
-    ((7, 5), Layout()),
-    ((5, 7), Layout(transposed=True)),
-    ((12, 3), Layout((3, 4, 5))),
-    ((3, 12), Layout((8, 2, 2), transposed=True)),
-    ((12, 2), Layout((1, 1, 1), 4)),
-    ((18, 2), Layout((2, 1), 6)),
-    ((2, 12), Layout((1, 2), 4, transposed=True)),
-    ((3, 8, 2), Layout((4, 4))),
-    ((4, 2, 6), Layout((3, 3), transposed=True)),
-    ((2, 3, 8, 2), Layout((1, 1), 4)),
-    ((3, 5, 4), Layout()),
-    ((6, 3, 2), Layout(flattened=True)),
-    ((6, 2, 3, 2), Layout((2, 4), flattened=True)),
-    ((6, 4, 2), Layout((3, 3), flattened=True)),
-    ((4, 2, 3), Layout(transposed=True, flattened=True)),  # XLNet: (hidden, heads, head size)
-    ((0, 4), Layout()),
-    ((4, 0), Layout((2, 2))),
-    ((0, 4, 3), Layout()),
+    ((7, 5), MatrixLayout()),
+    ((5, 7), MatrixLayout(transposed=True)),
+    ((12, 3), MatrixLayout((3, 4, 5))),
+    ((3, 12), MatrixLayout((8, 2, 2), transposed=True)),
+    ((12, 2), MatrixLayout((1, 1, 1), 4)),
+    ((18, 2), MatrixLayout((2, 1), 6)),
+    ((2, 12), MatrixLayout((1, 2), 4, transposed=True)),
+    ((3, 8, 2), MatrixLayout((4, 4))),
+    ((4, 2, 6), MatrixLayout((3, 3), transposed=True)),
+    ((2, 3, 8, 2), MatrixLayout((1, 1), 4)),
+    ((3, 5, 4), MatrixLayout()),
+    ((6, 3, 2), MatrixLayout(flattened=True)),
+    ((6, 2, 3, 2), MatrixLayout((2, 4), flattened=True)),
+    ((6, 4, 2), MatrixLayout((3, 3), flattened=True)),
+    ((4, 2, 3), MatrixLayout(transposed=True, flattened=True)),  # XLNet: (hidden, heads, head size)
+    ((0, 4), MatrixLayout()),
+    ((4, 0), MatrixLayout((2, 2))),
+    ((0, 4, 3), MatrixLayout()),
 ]
 
 

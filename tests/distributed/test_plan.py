@@ -12,7 +12,7 @@ from hf_cwd.distributed.collectives import digest
 from hf_cwd.distributed.geometry import Mesh, Replicate, Shard, StridedShard, everywhere
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, holders, plan, sources
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.rules import RULES
 from tests.distributed import brute
 from tests.distributed.brute import MODELS, Param, flops, mixed, random_mesh, run
@@ -20,7 +20,7 @@ from tests.distributed.test_geometry import LAYOUTS, mesh_of
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 HYPER = {name: kind.default for name, kind in RULES["muon"].hyperparameters.items()}
-PLAIN = Layout()
+PLAIN = MatrixLayout()
 STAGE = Stage.of("muon", HYPER)
 
 
@@ -42,7 +42,7 @@ def random_model(draw):
     for _ in range(draw.randint(1, 7)):
         shape, layout = draw.choice(LAYOUTS)
         if draw.random() < 0.3:
-            shape, layout = (draw.randint(1, 9), draw.randint(1, 9)), Layout()
+            shape, layout = (draw.randint(1, 9), draw.randint(1, 9)), MatrixLayout()
         mesh = common or random_mesh(draw, 2)
         if common is None and draw.random() < 0.33:
             common = mesh
@@ -143,12 +143,12 @@ def check_rounds(planned, jobs, ranks, exchange):
 def test_sole_holders_do_not_move():
     """Whole experts; packed gate and up of an even number of ranks; a matrix with fewer rows than ranks."""
     for mesh in (fsdp(4), Mesh((2, 2), (0, 1, 2, 3), (StridedShard(0, 2), Shard(0)))):
-        planned = plan(on(mesh, [(8, 6, 4)] * 3, Layout((3, 3))))
+        planned = plan(on(mesh, [(8, 6, 4)] * 3, MatrixLayout((3, 3))))
         assert planned.received == dict.fromkeys(range(4), 0)
         assert planned.rounds == 0
         assert {job.round for job in planned.jobs} == {None}
         assert len(set(planned.flops.values())) == 1
-    planned = plan(on(fsdp(2), [(8, 4)], Layout((4, 4))))
+    planned = plan(on(fsdp(2), [(8, 4)], MatrixLayout((4, 4))))
     assert [(job.owner, job.round) for job in planned.jobs] == [(0, None), (1, None)]
     planned = plan(on(fsdp(4), [(1, 9)]))
     assert [(job.owner, job.round) for job in planned.jobs] == [(0, None)]
@@ -253,7 +253,7 @@ def changed(position=0, **values):
 CHANGES = {
     "name": changed(name="q"),
     "shape": changed(shape=(8, 7)),
-    "layout": changed(layout=Layout((4, 4))),
+    "layout": changed(layout=MatrixLayout((4, 4))),
     "placement": changed(sharding=Mesh((4,), (0, 1, 2, 3), (Shard(1),))),
     "strided": changed(sharding=Mesh((4,), (0, 1, 2, 3), (StridedShard(0, 2),))),
     "order of ranks": changed(sharding=Mesh((4,), (1, 0, 2, 3), (Shard(0),))),
@@ -262,7 +262,7 @@ CHANGES = {
     "steps": changed(stage=Stage.of("muon", HYPER | {"ns_steps": 6})),
     "dtype": changed(dtype=torch.bfloat16),
     "source": changed(source=7),
-    "a stack's layout": changed(2, layout=Layout((2, 2))),
+    "a stack's layout": changed(2, layout=MatrixLayout((2, 2))),
     "order of parameters": [REFERENCE[1], REFERENCE[0], *REFERENCE[2:]],
     "one more": [*REFERENCE, REFERENCE[0]],
 }

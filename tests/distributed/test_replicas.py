@@ -19,7 +19,7 @@ from hf_cwd.distributed import geometry
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, plan
 from hf_cwd.distributed.schedule import Schedule
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from tests.support.forking import fork_ranks
 from tests.support.launching import ROOT, finish_all
 from tests.support.stepping import parameter
@@ -40,7 +40,7 @@ class Works:
 
 def train(params, cut, **options):
     """Three steps with gradients that are exact in any order."""
-    fused = [{"params": params[:-1]}, {"params": params[-1:], "layout": Layout((8, 16, 8)).as_group_value()}]
+    fused = [{"params": params[:-1]}, {"params": params[-1:], "layout": MatrixLayout((8, 16, 8)).as_group_value()}]
     optimizer = CWDMuon(fused, lr=1e-2, weight_decay=0.5, **options)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -99,7 +99,7 @@ def test_replicas_get_one_packed_result(tmp_path):
 def test_what_would_not_be_orthogonalised_is_refused():
     halves = geometry.Mesh((2,), (0, 1), (geometry.Shard(0),))
     stage = Stage.of("muon", {"ns": "auto", "ns_steps": 5, "ns_coefficients": "quintic"})
-    planned = plan([Entry("layer.weight", (4, 6), Layout(), halves, stage, torch.float32, 0)])
+    planned = plan([Entry("layer.weight", (4, 6), MatrixLayout(), halves, stage, torch.float32, 0)])
     Schedule(planned, 0, peers=(0, 1), local_sizes=[12], batch_bytes=0)
     with pytest.raises(ValueError, match=r"layer\.weight .*12 of the 18 elements .* would not be orthogonalised"):
         Schedule(planned, 0, peers=(0, 1), local_sizes=[18], batch_bytes=0)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from transformers.distributed import DistributedConfig
 
 import hf_cwd  # noqa: F401
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.wrappers import innermost
 from scripts import cpu_ranks
 from scripts.forked_runs import clean_state
 from tests.distributed import trainer_table

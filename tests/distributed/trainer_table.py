@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hf_cwd.rules import RULES, Rule
-from hf_cwd.trainer.handler import options
+from hf_cwd.trainer.optim_args import options
 
 STEPS = 4
 GLOBAL_BATCH = 12  # for 1 to 4 ranks, and for two accumulation steps

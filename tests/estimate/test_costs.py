@@ -8,7 +8,7 @@ from hf_cwd.distributed.geometry import Mesh, Shard
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, Job, Plan
 from hf_cwd.estimate.costs import buffers
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 
 def test_buffers_by_hand():
@@ -19,7 +19,7 @@ def test_buffers_by_hand():
     """
     halves = Mesh((2,), (0, 1), (Shard(0),))
     stage = Stage.of("muon", {})
-    of_each = [Entry(str(i), (4, 2), Layout(), halves, stage, torch.bfloat16, i) for i in range(4)]
+    of_each = [Entry(str(i), (4, 2), MatrixLayout(), halves, stage, torch.bfloat16, i) for i in range(4)]
     jobs = [Job(i, 0, (4, 2), owner=i % 2, serves=(0,), round=i // 2) for i in range(4)]
     found = Plan(tuple(of_each), tuple(jobs), 2, {0: 0, 1: 0}, {0: 0, 1: 0})
     assert buffers(found) == [2 * (8 + 8 + 8 + 16)] * 2
@@ -38,7 +38,9 @@ def test_buffers_of_flat_tensors_by_hand():
 
     def found(*places):
         """Matrices by the source that they lie in."""
-        of_each = [Entry(str(i), (4, 2), Layout(), halves, stage, torch.bfloat16, s) for i, s in enumerate(places)]
+        of_each = [
+            Entry(str(i), (4, 2), MatrixLayout(), halves, stage, torch.bfloat16, s) for i, s in enumerate(places)
+        ]
         return Plan(tuple(of_each), tuple(jobs), 2, {0: 0, 1: 0}, {0: 0, 1: 0})
 
     assert buffers(found(0, 0, 0, 0), [18]) == [2 * (8 + 8 + 8 + 18)] * 2

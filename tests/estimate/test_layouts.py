@@ -18,8 +18,8 @@ from hf_cwd import route
 from hf_cwd.distributed.geometry import Mesh, everywhere
 from hf_cwd.distributed.plan import flops_per_byte, plan
 from hf_cwd.estimate.costs import entries, local_sizes
-from hf_cwd.estimate.layouts import Parallelism, Zero, parallelism, shardings
-from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.estimate.parallelism import Parallelism, Zero, parse_layout, shardings
+from hf_cwd.trainer.optim_args import optimizer_arguments
 from scripts import cpu_ranks
 from tests.routing.architectures import MODELS
 from tests.support.forking import fork, free_port
@@ -123,11 +123,11 @@ def rank_main(rank: int, world: int, folder: Path) -> None:
     torch.manual_seed(0)
     results = {"cases": [], "architectures": {}}
     for config, text in CASES[world]:
-        model, layout = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), parallelism(text, world)
+        model, layout = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), parse_layout(text, world)
         real = sharded(model, layout)
         results["cases"].append([config["model_type"], text, compared(model, real, layout)])
         results["cases"][-1].append(planned(model, real, layout, folder))
-    layout = parallelism("fsdp2=2,tp=2", None)
+    layout = parse_layout("fsdp2=2,tp=2", None)
     for name in ARCHITECTURES if world == layout.world else ():
         model = MODELS[name]()
         try:
@@ -171,7 +171,7 @@ def test_every_architecture_has_the_placements_of_its_plan(ranks):
         assert all(found == [] for name, found in result["architectures"].items() if name not in planless)
         for name in planless:
             with torch.device("meta"), pytest.raises(ValueError, match="has no tp plan"):
-                shardings(MODELS[name](), parallelism("tp=2", None))
+                shardings(MODELS[name](), parse_layout("tp=2", None))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_every_architecture_has_the_placements_of_its_plan(ranks):
     ],
 )
 def test_layouts_are_read(text, world, sizes):
-    assert parallelism(text, world) == Parallelism(*sizes)
-    assert parallelism(str(parallelism(text, world)), None) == Parallelism(*sizes)
+    assert parse_layout(text, world) == Parallelism(*sizes)
+    assert parse_layout(str(parse_layout(text, world)), None) == Parallelism(*sizes)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_layouts_are_read(text, world, sizes):
     ],
 )
 def test_layouts_of_deepspeed_are_read(text, world, wanted):
-    assert parallelism(text, world) == wanted
-    assert parallelism(str(wanted), None) == wanted
+    assert parse_layout(text, world) == wanted
+    assert parse_layout(str(wanted), None) == wanted
 
 
 @pytest.mark.parametrize(
@@ -229,24 +229,24 @@ def test_layouts_of_deepspeed_are_read(text, world, wanted):
 )
 def test_layouts_that_are_none(text, world, message):
     with pytest.raises(ValueError, match="^--layout .*" + re.escape(message)):
-        parallelism(text, world)
+        parse_layout(text, world)
 
 
 def test_a_number_of_ranks_that_is_none():
     with pytest.raises(ValueError, match=r"^--world 0: give the number of ranks"):
-        parallelism("fsdp2", 0)
+        parse_layout("fsdp2", 0)
 
 
 def test_a_layout_that_a_model_cannot_have():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MOE))
     with pytest.raises(ValueError, match="ep=16 does not divide the 8 experts of model"):
-        shardings(model, parallelism("fsdp2=16,ep=16", None))
+        shardings(model, parse_layout("fsdp2=16,ep=16", None))
     model._tp_plan["lm_head"] = "sideways"
     with pytest.raises(ValueError, match="is sharded in the style 'sideways'"):
-        shardings(model, parallelism("tp=2", None))
+        shardings(model, parse_layout("tp=2", None))
     with pytest.raises(ValueError, match="tp is not known for a PEFT adapter"):
-        shardings(MODELS["lora"](), parallelism("tp=2", None))
+        shardings(MODELS["lora"](), parse_layout("tp=2", None))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_cwd.cli import explain, main
 from hf_cwd.distributed.deepspeed_zero import full_shape
-from hf_cwd.estimate import bill as estimated
-from hf_cwd.estimate import costs, zero
-from hf_cwd.estimate.layouts import Zero
+from hf_cwd.estimate import costs, zero_costs
+from hf_cwd.estimate import step_cost as estimated
+from hf_cwd.estimate.parallelism import Zero
 from hf_cwd.rules import RULES
 from tests.estimate.zero_tables import CASES, MODELS, WORLD
 from tests.support.forking import DEEPSPEED, fork_ranks
@@ -67,7 +67,7 @@ def table(lines):
 def test_what_is_printed_is_what_a_step_sends(case, results, monkeypatch, capsys, tmp_path):
     """The frozen ones aside, for no configuration says what is frozen."""
     AutoConfig.for_model(**MODELS[case.model]).save_pretrained(tmp_path)
-    monkeypatch.setattr(zero, "SUB_GROUP_SIZE", case.sub_group_size)
+    monkeypatch.setattr(zero_costs, "SUB_GROUP_SIZE", case.sub_group_size)
     flags = ["--layout", case.layout, "--world", WORLD, "--all", "--device", "cpu", "--dtype", case.dtype]
     flags += ["--optim", case.optim, *(["--optim_args", case.optim_args] if case.optim_args else [])]
     lines = printed(monkeypatch, capsys, tmp_path, *flags)
@@ -83,10 +83,10 @@ def test_what_is_printed_is_what_a_step_sends(case, results, monkeypatch, capsys
     assert line.startswith(f"Rounds of exchange a step: {wanted['rounds']}, in float32;")
 
 
-def bill(model, layout, *, dtype=torch.float32, rule="muon", device="cpu", **arguments):
+def step_costs(model, layout, *, dtype=torch.float32, rule="muon", device="cpu", **arguments):
     routing = explain.routed(model, RULES[rule])
-    states = {r.name: explain.state_bytes(r, arguments, zero.MASTER) for r in routing.routes}
-    return estimated.bill(model, routing, layout, arguments=arguments, states=states, dtype=dtype, device=device)
+    states = {r.name: explain.state_bytes(r, arguments, zero_costs.MASTER) for r in routing.routes}
+    return estimated.step_cost(model, routing, layout, arguments=arguments, states=states, dtype=dtype, device=device)
 
 
 def tiny(**changes):
@@ -99,16 +99,16 @@ def test_what_stage_3_receives_by_formula(world):
     """A rank owns one W-th of the matrices and lacks (W-1)/W of each, and of all others it gets its part back."""
     model = tiny()
     matrices = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
-    found = [cost.received for cost in bill(model, Zero(3, world, False)).costs]
+    found = [cost.received for cost in step_costs(model, Zero(3, world, False)).costs]
     assert sum(found) / world == pytest.approx(2 * (world - 1) / world * matrices / world * 4)
 
 
 def test_sums_and_peaks_over_flat_tensors(monkeypatch):
     """Traffic and work of flat tensors add up, buffers do not: they are stepped in turn."""
     model, layout = tiny(intermediate_size=50), Zero(3, 3, False)
-    monkeypatch.setattr(zero, "SUB_GROUP_SIZE", 1500)
-    found = bill(model, layout)
-    flats = zero.flat_tensors(costs.groups(model, explain.routed(model, RULES["muon"])), layout)
+    monkeypatch.setattr(zero_costs, "SUB_GROUP_SIZE", 1500)
+    found = step_costs(model, layout)
+    flats = zero_costs.flat_tensors(costs.groups(model, explain.routed(model, RULES["muon"])), layout)
     of_matrices = [flat for flat in flats if flat.group.rule.name == "muon"]
     assert len(found.plans) == len(of_matrices) > 2
     peaks = [costs.buffers(plan, [flat.numel]) for plan, flat in zip(found.plans, of_matrices, strict=True)]
@@ -128,7 +128,7 @@ def test_stages_by_hand():
     states = (2 * total - matrices) // 2 * 4  # one for each matrix, two for the rest
 
     def cost(stage, offload=False, device="cpu"):
-        found = bill(model, Zero(stage, 2, offload), dtype=torch.bfloat16, device=device).costs
+        found = step_costs(model, Zero(stage, 2, offload), dtype=torch.bfloat16, device=device).costs
         assert found[0][:3] == found[1][:3]
         return found[0]
 
@@ -147,7 +147,7 @@ def test_stages_by_hand():
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        (["zero2=2"], ["Of each parameter that a rank has a part of, it has the whole gradient"]),
+        (["zero2=2"], ["A rank has the whole gradient of each parameter that it has a part of"]),
         (["zero1=2"], ["The states include float32 masters of a rank's part of the weights"]),
         (
             ["zero2_offload=2", "--dtype", "bfloat16"],
@@ -162,7 +162,7 @@ def test_stages_by_hand():
             ["zero3=2", "--optim", "cwd_lion"],
             [
                 "Parameters of up to 320 elements are kept whole as well (stage3_param_persistence_threshold)",
-                "DeepSpeed steps 2 flat tensors in turn, and has up to 0.0 MiB more for one's gradient in float32",
+                "DeepSpeed steps 2 flat tensors in turn, and needs up to 0.0 MiB more for the float32 gradient of one",
             ],
         ),
         (["zero3_offload=2", "--device", "cpu"], ["In the CPU's memory: the states, the gradients"]),
@@ -181,14 +181,14 @@ def test_what_is_said_of_the_memory(flags, wanted, monkeypatch, capsys, tmp_path
 
 
 def test_what_every_rank_keeps_whole_at_stage_3():
-    assert zero.persistent(tiny()) == 320
+    assert zero_costs.persistence_threshold(tiny()) == 320
     model = tiny()
     model.config = AutoConfig.for_model("gemma3")
-    assert zero.persistent(model) == 10 * model.config.text_config.hidden_size
+    assert zero_costs.persistence_threshold(model) == 10 * model.config.text_config.hidden_size
     model.config = AutoConfig.for_model("swin", hidden_sizes=[8, 16])
     del model.config.hidden_size
-    assert zero.persistent(model) == 160
-    assert zero.persistent(torch.nn.Linear(2, 2)) == 10**5
+    assert zero_costs.persistence_threshold(model) == 160
+    assert zero_costs.persistence_threshold(torch.nn.Linear(2, 2)) == 10**5
 
 
 def test_masters_of_masters_are_refused(monkeypatch, capsys, tmp_path):
@@ -207,7 +207,7 @@ def test_a_large_model_on_many_ranks(stage):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8))
     before = time.process_time()
-    found = bill(model, Zero(stage, 1024, False), dtype=torch.bfloat16, device="cuda")
+    found = step_costs(model, Zero(stage, 1024, False), dtype=torch.bfloat16, device="cuda")
     assert time.process_time() - before < 60  # a loop over ranks for each matrix, and no more: it takes two seconds
     assert sum(len(plan.jobs) for plan in found.plans) == 560
     total = sum(prod(full_shape(p)) for p in model.parameters())

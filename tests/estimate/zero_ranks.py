@@ -18,11 +18,11 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cwd.cli import explain
-from hf_cwd.estimate import costs, zero
-from hf_cwd.estimate.bill import Bill, bill
-from hf_cwd.estimate.layouts import parallelism
+from hf_cwd.estimate import costs, zero_costs
+from hf_cwd.estimate.parallelism import parse_layout
+from hf_cwd.estimate.step_cost import StepCost, step_cost
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.handler import optimizer_arguments
+from hf_cwd.trainer.optim_args import optimizer_arguments
 from tests.estimate.zero_tables import CASES, MODELS, SMALL, WORLD, Case
 
 
@@ -37,17 +37,17 @@ def arguments_of(case: Case, folder: Path) -> TrainingArguments:
     return TrainingArguments(str(folder / "out"), weight_decay=0.1, save_strategy="no", **options)
 
 
-def told(case: Case, folder: Path) -> tuple[list[zero.Flat], Bill]:
+def told(case: Case, folder: Path) -> tuple[list[zero_costs.FlatTensor], StepCost]:
     """What the command computes of the model on the meta device."""
     with torch.device("meta"):
         model = model_of(case)
-    layout, dtype = parallelism(case.layout, WORLD), getattr(torch, case.dtype)
+    layout, dtype = parse_layout(case.layout, WORLD), getattr(torch, case.dtype)
     arguments = optimizer_arguments(arguments_of(case, folder))
     routing = explain.routed(model, RULES[case.optim.removeprefix("cwd_")])
-    states = {r.name: explain.state_bytes(r, arguments, zero.MASTER) for r in routing.routes}
+    states = {r.name: explain.state_bytes(r, arguments, zero_costs.MASTER) for r in routing.routes}
     options = {"arguments": arguments, "states": states, "dtype": dtype, "device": "cpu"}
-    flats = zero.flat_tensors(costs.groups(model, routing), layout)
-    return flats, bill(model, routing, layout, **options)
+    flats = zero_costs.flat_tensors(costs.groups(model, routing), layout)
+    return flats, step_cost(model, routing, layout, **options)
 
 
 def engine_of(case: Case, folder: Path) -> Any:
@@ -72,7 +72,7 @@ def size_of(tensors: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 
-def memory(engine: Any, gradients: int) -> costs.Kept:
+def memory(engine: Any, gradients: int) -> costs.RankMemory:
     """What this rank keeps, found in DeepSpeed's attributes after a step."""
     keeper, params = engine.optimizer, list(engine.module.parameters())
     flats = flat_tensors(engine)
@@ -80,7 +80,7 @@ def memory(engine: Any, gradients: int) -> costs.Kept:
     if engine.zero_optimization_stage() == 3:  # parts, and the small ones whole: their padding is not counted
         weights = size_of(p.ds_tensor for p in params) + sum(p.nbytes for p in params)
     states = [t for flat in flats for t in engine.basic_optimizer.state[flat].values() if t.ndim]
-    return costs.Kept(weights, gradients, size_of([*flats, *others, *states]))
+    return costs.RankMemory(weights, gradients, size_of([*flats, *others, *states]))
 
 
 def flat_tensors(engine: Any) -> list[torch.Tensor]:
@@ -112,7 +112,7 @@ def trained(engine: Any) -> int:
 
 
 def differences(case: Case, folder: Path) -> dict[str, Any]:
-    zero.SUB_GROUP_SIZE = case.sub_group_size
+    zero_costs.SUB_GROUP_SIZE = case.sub_group_size
     flats, cost = told(case, folder)
     engine = engine_of(case, folder)
     gradients = trained(engine)

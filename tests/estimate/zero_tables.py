@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from hf_cwd.estimate import zero
+from hf_cwd.estimate import zero_costs
 
 WORLD = 3
 SMALL = {"vocab_size": 66, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
@@ -22,7 +22,7 @@ class Case(NamedTuple):
     optim: str = "cwd_muon"
     optim_args: str = "exchange_bytes=4096"
     frozen: bool = False
-    sub_group_size: int = zero.SUB_GROUP_SIZE
+    sub_group_size: int = zero_costs.SUB_GROUP_SIZE
 
     def __str__(self) -> str:
         changed = (f"{k}={v}" for k, v in self._asdict().items() if k != "layout" and v != self._field_defaults[k])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_cwd import CWDMuon
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from tests.support.stepping import parameter, set_grads
 
 # Stack, sizes, periods and in_features; each once with the output features first and once with them last.
@@ -22,16 +22,19 @@ PATTERNS = [
     ((2,), (), 1, 3),
 ]
 CASES = [
-    ((*stack, columns, rows) if transposed else (*stack, rows, columns), Layout(sizes, periods, transposed=transposed))
+    (
+        (*stack, columns, rows) if transposed else (*stack, rows, columns),
+        MatrixLayout(sizes, periods, transposed=transposed),
+    )
     for stack, sizes, periods, columns in PATTERNS
     for transposed in (False, True)
     for rows in [periods * sum(sizes or (5,))]
 ]
 CASES += [
-    ((6, 4, 3, 2), Layout(flattened=True)),
-    ((6, 2, 3), Layout((3, 3), flattened=True)),  # a convolution of two groups
-    ((4, 2, 3), Layout(transposed=True, flattened=True)),
-    ((64 + 8 + 8, 16), Layout((64, 8, 8))),  # grouped-query attention: q has another scale than k and v
+    ((6, 4, 3, 2), MatrixLayout(flattened=True)),
+    ((6, 2, 3), MatrixLayout((3, 3), flattened=True)),  # a convolution of two groups
+    ((4, 2, 3), MatrixLayout(transposed=True, flattened=True)),
+    ((64 + 8 + 8, 16), MatrixLayout((64, 8, 8))),  # grouped-query attention: q has another scale than k and v
 ]
 every_case = pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
 
@@ -142,14 +145,14 @@ def test_the_default_precision_keeps_every_layout_finite(dtype):
 @pytest.mark.parametrize(
     ("layout", "shape", "message"),
     [
-        (Layout(), (3,), r"shape \(3,\) holds no matrix"),
-        (Layout((2, 3)), (6, 4), r"shape \(6, 4\) has 6 output features, not 2 \+ 3$"),
-        (Layout((2, 3), periods=2), (5, 4), r"shape \(5, 4\) has 5 output features, not 2 x \(2 \+ 3\)"),
-        (Layout(periods=3), (4, 2), r"shape \(4, 2\) has 4 output features, not 3 x \(...\)"),
-        (Layout((6, -2)), (4, 2), r"sizes \(6, -2\) and periods 1 must be positive"),
-        (Layout(periods=0), (4, 2), r"sizes \(\) and periods 0 must be positive"),
-        (Layout((2, 3), transposed=True), (5, 4), r"shape \(5, 4\) has 4 output features, not 2 \+ 3"),
-        (Layout((2, 3), flattened=True), (4, 5, 1), r"shape \(4, 5, 1\) has 4 output features, not 2 \+ 3"),
+        (MatrixLayout(), (3,), r"shape \(3,\) holds no matrix"),
+        (MatrixLayout((2, 3)), (6, 4), r"shape \(6, 4\) has 6 output features, not 2 \+ 3$"),
+        (MatrixLayout((2, 3), periods=2), (5, 4), r"shape \(5, 4\) has 5 output features, not 2 x \(2 \+ 3\)"),
+        (MatrixLayout(periods=3), (4, 2), r"shape \(4, 2\) has 4 output features, not 3 x \(...\)"),
+        (MatrixLayout((6, -2)), (4, 2), r"sizes \(6, -2\) and periods 1 must be positive"),
+        (MatrixLayout(periods=0), (4, 2), r"sizes \(\) and periods 0 must be positive"),
+        (MatrixLayout((2, 3), transposed=True), (5, 4), r"shape \(5, 4\) has 4 output features, not 2 \+ 3"),
+        (MatrixLayout((2, 3), flattened=True), (4, 5, 1), r"shape \(4, 5, 1\) has 4 output features, not 2 \+ 3"),
     ],
 )
 def test_a_layout_that_does_not_fit_says_what_does_not(layout, shape, message):
@@ -223,7 +226,7 @@ def test_a_layout_that_went_through_json_is_the_same():
     state = optimizer.state_dict()
     state["param_groups"][0]["layout"]["sizes"] = [4, 4]
     optimizer.load_state_dict(state)
-    assert Layout(**optimizer.param_groups[0]["layout"]) == Layout((4, 4))
+    assert MatrixLayout(**optimizer.param_groups[0]["layout"]) == MatrixLayout((4, 4))
 
 
 def test_a_state_dict_of_before_layouts_still_loads():

@@ -23,7 +23,7 @@ from tests.support.stepping import parameter, run
 
 FINITE = "is not valid: {} is a finite number >= 0"
 TAKES = "an optimizer takes an iterable of Tensors"
-BETAS = "betas is two numbers >= 0 and < 1, written 0.9:0.95 on a command line"
+BETAS = "betas is two numbers >= 0 and < 1"
 HISTORY = torch.tensor(1e-3, requires_grad=True)
 
 # An optimizer's arguments, and what the error says of them.

@@ -7,7 +7,7 @@ from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from hf_cwd.report import tables
-from hf_cwd.report.compare import Setting, by_seed, paired, settings, spread, t_quantile
+from hf_cwd.report.compare import SeedGroup, by_seed, paired, seed_groups, spread, t_quantile
 from hf_cwd.report.figures import figures
 from hf_cwd.report.numbers import COUNT, LOSS, PERCENT, PLAIN, RATE, TIME
 from hf_cwd.report.read import read
@@ -29,7 +29,7 @@ def test_a_paired_comparison_by_hand():
     assert result.difference == pytest.approx(-0.2)
     assert result.low == pytest.approx(-0.2 - 4.302653 * 0.1 / math.sqrt(3), abs=1e-6)
     assert result.high == pytest.approx(-0.2 + 4.302653 * 0.1 / math.sqrt(3), abs=1e-6)
-    assert tables.verdict(result) == "Not told apart: the interval holds 0."
+    assert tables.verdict(result) == "Not told apart: the interval contains 0."
 
 
 def test_a_paired_comparison_is_that_of_scipy():
@@ -37,7 +37,7 @@ def test_a_paired_comparison_is_that_of_scipy():
     interval = ttest_rel(one, base).confidence_interval()
     result = paired(dict(enumerate(one)), dict(enumerate(base)))
     assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
-    assert tables.verdict(result) == "Lower: the interval leaves out 0."
+    assert tables.verdict(result) == "Lower: the interval does not contain 0."
     assert tables.verdict(paired(dict(enumerate(base)), dict(enumerate(one)))).startswith("Higher")
 
 
@@ -47,7 +47,7 @@ def test_a_paired_comparison_is_that_of_scipy():
         ({1: 1.0}, {2: 1.0}, [], "No seed in common. Too few seeds to say anything."),
         ({None: 1.0}, {None: 1.0}, [], "No seed in common. Too few seeds to say anything."),
         ({1: 1.0}, {1: 2.0}, [1], "One seed in common: the difference may be chance. Too few seeds to say anything."),
-        ({1: 1.0, 2: 1.1}, {1: 2.0, 2: 2.2}, [1, 2], "Two seeds are too few to lean on."),
+        ({1: 1.0, 2: 1.1}, {1: 2.0, 2: 2.2}, [1, 2], "Two seeds are too few to rely on."),
         ({1: 1.0, 2: NAN}, {1: 2.0, 2: 2.0}, [1], "Without seed 2: not finite."),
         ({1: 1.0, 2: 2.0, 3: 3.0}, {1: 2.0, 2: 3.0, 3: 4.0}, [1, 2, 3], "The same difference with every seed."),
     ],
@@ -74,14 +74,14 @@ def test_seeds_count_once_and_unfinished_runs_not_at_all(make_run):
         make_run("d", logged({1: 9.0}), record={**record, "seed": 3}, max_steps=2),
     ]
     runs = read(paths)
-    (setting,) = settings(runs)
+    (setting,) = seed_groups(runs)
     assert by_seed(runs, setting, [1.0, 3.0, 5.0, 9.0]) == {1: 2.0, 2: 5.0}
 
 
 def test_runs_without_a_seed_are_no_repetitions(make_run):
     record = {"optim": "cwd_lion"}
     runs = read([make_run("a", [], record=record), make_run("b", [], record=record)])
-    assert settings(runs) == [Setting("a", [0]), Setting("b", [1])]
+    assert seed_groups(runs) == [SeedGroup("a", [0]), SeedGroup("b", [1])]
 
 
 def test_final_figures_by_hand(make_run):

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from hf_cwd.report import page, svg
+from hf_cwd.report.chart_list import charts
 from hf_cwd.report.charts import POINTS
-from hf_cwd.report.plan import charts
 from hf_cwd.report.read import read
 from tests.report.conftest import logged, written
 
@@ -38,7 +38,7 @@ def test_means_and_intervals_of_two_settings(make_run, tmp_path):
     assert ["cwd", "1, 2, 3", "2.1000 ± 0.1000"] in parsed.cells
     row = next(cells for cells in parsed.cells if cells[0] == "Training loss (last 10 %): cwd")
     assert row[1:4] == ["1, 2, 3", f"{minus}0.2000", f"{minus}0.4484 to +0.0484"]
-    assert row[4] == "Not told apart: the interval holds 0."
+    assert row[4] == "Not told apart: the interval contains 0."
 
 
 def test_one_page_that_refers_to_nothing_outside(make_run, tmp_path):
@@ -153,7 +153,7 @@ def test_what_a_reader_must_know_is_said(make_run, tmp_path):
     nan = make_run("nan", logged({1: 2.0, 2: math.nan, 3: math.nan}))
     text, _ = written([nan, make_run("cut", logged({1: 2.0}), max_steps=3)], tmp_path / "out")
     assert "nan: Training loss is NaN or infinite at 2 of 3 logged steps, first at step 2." in text
-    assert "cut stands at step 1 of 3: it is left out of means over seeds." in text
+    assert "cut is at step 1 of 3: it is left out of means over seeds." in text
     assert "2 of 2 runs have no cwd_run.json" in text
     clean, _ = written([make_run("clean", logged({1: 2.0}))], tmp_path / "clean out")
     assert "Before you read on" not in clean

@@ -6,11 +6,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_cwd.report.axes import dress
+from hf_cwd.report.chart_list import charts
 from hf_cwd.report.figures import figures
 from hf_cwd.report.measures import OF_STEPS
-from hf_cwd.report.parts import without_repetitions
-from hf_cwd.report.plan import charts
 from hf_cwd.report.read import read
+from hf_cwd.report.scopes import without_repetitions
 from hf_cwd.report.series import Series, by_key
 from hf_cwd.trainer.callbacks.diagnostics import KEYS
 from tests.report.conftest import logged, written
@@ -87,7 +87,7 @@ def test_figures_of_decay_and_updates_are_of_the_whole(make_run):
     history = [{"step": s, "cwd/effective_decay": 1e-3 * s, "cwd/skipped_steps": s - 1, **of("cwd/muon", 0.1),
                 "cwd/weight_rms": float(s), "cwd/step": s} for s in range(1, 5)]  # fmt: skip
     found = {
-        f.label: f.kind.text(f.values[0]) for f in figures(read([make_run("run", history)])) if f.about == "updates"
+        f.label: f.format.text(f.values[0]) for f in figures(read([make_run("run", history)])) if f.about == "updates"
     }
     assert found == {"Effective decay (mean)": "0.250 %", "Weight RMS (last 10 %)": "4.000", "Skipped steps": "3"}
 

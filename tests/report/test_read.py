@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from hf_cwd.report import page
-from hf_cwd.report.compare import differing, settings
+from hf_cwd.report.compare import differing, seed_groups
 from hf_cwd.report.read import read, read_whole
 from tests.report.conftest import logged
 
@@ -52,7 +52,7 @@ def test_a_state_file_and_a_checkpoint_may_be_named(make_run):
     (one,) = read([folder / "trainer_state.json"])
     (two,) = read([folder])
     assert one == two
-    assert one.settings["optim"] == "cwd_lion"
+    assert one.settings.values["optim"] == "cwd_lion"
 
 
 @pytest.mark.parametrize(("own", "newest"), [(None, 10), (12, 12), (9, 10)])
@@ -74,7 +74,7 @@ def test_settings_of_the_record_the_state_and_the_config(make_run):
     (run,) = read([folder])
     assert run.recorded
     assert run.seed == 3
-    assert run.settings == {
+    assert run.settings.values == {
         "learning_rate": 1e-3, "seed": 3, "betas": "[0.9, 0.95]", "train_batch_size": 8, "max_steps": 1,
         "model.hidden_size": 32,
     }  # fmt: skip
@@ -82,8 +82,8 @@ def test_settings_of_the_record_the_state_and_the_config(make_run):
 
 def test_settings_of_the_same_name_keep_their_prefix(make_run):
     (run,) = read([make_run("run", [], record={"muon": {"lr": 1}, "adamw": {"lr": 2}})])
-    assert run.settings["muon.lr"] == 1
-    assert run.settings["adamw.lr"] == 2
+    assert run.settings.values["muon.lr"] == 1
+    assert run.settings.values["adamw.lr"] == 2
 
 
 def test_the_model_card_s_hyperparameters(make_run):
@@ -92,8 +92,8 @@ def test_the_model_card_s_hyperparameters(make_run):
     (run,) = read([folder])
     assert not run.recorded
     assert run.seed == 7
-    assert run.settings["learning_rate"] == 0.01
-    assert run.settings["optimizer"] == "Use OptimizerNames.CWD_LION and the args are: cautious=false"
+    assert run.settings.values["learning_rate"] == 0.01
+    assert run.settings.values["optimizer"] == "Use OptimizerNames.CWD_LION and the args are: cautious=false"
 
 
 def test_runs_that_differ_only_in_their_seed_by_their_records(make_run):
@@ -101,7 +101,7 @@ def test_runs_that_differ_only_in_their_seed_by_their_records(make_run):
     for name, optim, seed in (("a", "cwd_lion", 1), ("b", "cwd_lion", 2), ("c", "cwd_muon", 1)):
         paths.append(make_run(name, [], record={"optim": optim, "seed": seed, "output_dir": name}))
     runs = read(paths)
-    assert [group.members for group in settings(runs)] == [[0, 1], [2]]
+    assert [group.members for group in seed_groups(runs)] == [[0, 1], [2]]
     apart, common = differing(runs)
     assert apart == {"optim": ["cwd_lion", "cwd_lion", "cwd_muon"], "seed": [1, 2, 1], "output_dir": ["a", "b", "c"]}
     assert common == {"max_steps": 0}
@@ -109,7 +109,7 @@ def test_runs_that_differ_only_in_their_seed_by_their_records(make_run):
 
 def test_runs_that_differ_only_in_their_seed_by_their_names(make_run):
     names = ("lion-seed1", "lion-seed2", "muon/s1", "muon/s2", "adamw1", "adamw2")
-    groups = settings(read([make_run(name, []) for name in names]))
+    groups = seed_groups(read([make_run(name, []) for name in names]))
     assert [(group.label, group.members) for group in groups] == [
         ("lion", [0, 1]), ("muon", [2, 3]), ("adamw1", [4]), ("adamw2", [5]),
     ]  # fmt: skip

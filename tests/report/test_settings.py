@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_cwd.report import hyperparameters
+from hf_cwd.report import settings_tables
 from hf_cwd.report.compare import differing
 from hf_cwd.report.read import read
 from tests.report.conftest import logged, written
@@ -30,16 +30,20 @@ def test_names_and_sections_of_a_record(make_run):
     folder = make_run("run", logged({8: 1.0}), record=RECORD)
     (folder / "config.json").write_text('{"hidden_size": 32}')
     (run,) = read([folder])
-    known = run.known
-    assert known.values["weight_decay"] == 0.1  # an argument has its own name, in every run
-    assert known.values["optimizer.weight_decay"] == 0.3
-    assert known.values["max_steps"] == 8  # as it came to be
-    assert {key: known.sections[key] for key in ("optim", "max_steps", "adamw_betas", "num_parameters", "torch")} == {
-        "optim": "Optimizer", "max_steps": "Training arguments", "adamw_betas": "Optimizer",
-        "num_parameters": "Model", "torch": "Versions",
-    }  # fmt: skip
-    assert known.sections["world_size"] == "Other"
-    assert known.sections["model.hidden_size"] == "Model configuration"
+    settings = run.settings
+    assert settings.values["weight_decay"] == 0.1  # an argument has its own name, in every run
+    assert settings.values["optimizer.weight_decay"] == 0.3
+    assert settings.values["max_steps"] == 8  # as it came to be
+    sections = {
+        "optim": "Optimizer",
+        "max_steps": "Training arguments",
+        "adamw_betas": "Optimizer",
+        "num_parameters": "Model",
+        "torch": "Versions",
+    }
+    assert {key: settings.sections[key] for key in sections} == sections
+    assert settings.sections["world_size"] == "Other"
+    assert settings.sections["model.hidden_size"] == "Model configuration"
 
 
 def test_settings_that_differ_come_first_and_others_are_folded(make_run, tmp_path):
@@ -116,7 +120,7 @@ VERSIONS = "hf_cwd 0.1.0, transformers 5.23.0, torch 2.13.0"
 )
 def test_what_trained_is_said_where_all_runs_agree(second, said, make_run, tmp_path):
     paths = [make_run("a", logged({1: 1.0}), record=RECORD), make_run("b", logged({1: 1.0}), record=second)]
-    assert hyperparameters.facts(read(paths)) == said
+    assert settings_tables.facts(read(paths)) == said
     text, _ = written(paths, tmp_path / "out")
     assert f'<p class="muted">{said}.</p>' in text if said else '<p class="muted">' not in text
 
@@ -124,4 +128,4 @@ def test_what_trained_is_said_where_all_runs_agree(second, said, make_run, tmp_p
 def test_what_is_trained_of_a_model(make_run):
     record = {**RECORD, "model": {**RECORD["model"], "num_trainable": 5000}}
     runs = read([make_run("a", logged({1: 1.0}), record=record)])
-    assert hyperparameters.facts(runs).startswith("LlamaForCausalLM with 1.164 M parameters, 5,000 of them trained; 2")
+    assert settings_tables.facts(runs).startswith("LlamaForCausalLM with 1.164 M parameters, 5,000 of them trained; 2")

@@ -120,7 +120,7 @@ class Mixer(nn.Module):
 def test_what_no_table_knows_goes_to_adamw_and_is_named(caplog):
     model = nn.Sequential(nn.Linear(4, 4, bias=False), Mixer(), Mixer(), nn.Linear(4, 2, bias=False))
     routing = route(model)
-    fused = "fused by its name, and how a Mixer lays its rows out is not known"
+    fused = "fused by its name, but the order of its rows in a Mixer is unknown"
     assert routes(model)["1.my_qkv.weight"] == f"adamw: {fused}"
     assert [r.name for r in routing.unknown] == [
         *("1.mixing", "1.blocks", "1.my_qkv.weight"),
@@ -133,7 +133,7 @@ def test_what_no_table_knows_goes_to_adamw_and_is_named(caplog):
         [(4, 4), (2, 3, 4), (12, 4)] * 2 + [(2, 4)],
     ]
     assert [record.getMessage() for record in caplog.records] == [
-        "adamw takes what may or may not be a matrix for muon: 1.mixing and 1 more (no rule knows Mixer.mixing); "
+        "adamw takes parameters that may be matrices for muon: 1.mixing and 1 more (no rule knows Mixer.mixing); "
         f"1.blocks and 1 more (no rule knows Mixer.blocks); 1.my_qkv.weight and 1 more ({fused}). "
         "--optim_target_modules would give it to muon"
     ]

@@ -10,7 +10,7 @@ import torch
 from hf_cwd.distributed.geometry import Mesh, Shard
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, plan
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 from tests.support.launching import ROOT, launch
 
 LAYERS, HIDDEN, INNER, EXCHANGE_BYTES = 2, 16, 48, 4096
@@ -24,7 +24,9 @@ def test_two_processes(tmp_path):
     layer = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
     stage = Stage.of("muon", {"ns": "auto", "ns_steps": 5, "ns_coefficients": "quintic", "ns_dtype": "float32"})
     mesh = Mesh((2,), (0, 1), (Shard(0),))
-    entries = [Entry(str(i), shape, Layout(), mesh, stage, torch.float32, i) for i, shape in enumerate(layer * LAYERS)]
+    entries = [
+        Entry(str(i), shape, MatrixLayout(), mesh, stage, torch.float32, i) for i, shape in enumerate(layer * LAYERS)
+    ]
     planned = plan(entries, exchange_bytes=EXCHANGE_BYTES)
     (result,) = json.loads((tmp_path / "numbers.json").read_text())["results"]
     total = 4 * sum(rows * columns for rows, columns in layer * LAYERS)

@@ -16,7 +16,7 @@ from transformers import (
 
 from hf_cwd import CWDLion, CWDMuon, CWDTrainer, CWDTrainerMixin, CWDTrainingArguments, log
 from hf_cwd.rules import RULES
-from hf_cwd.trainer import non_finite
+from hf_cwd.trainer import gradient_guard
 from tests.support.tiny import tiny_data, tiny_llama
 from tests.trainer.bad_batches import BATCH, InOrder, rows
 
@@ -89,8 +89,8 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_made(options, algo
     trainer = InOrder(model=model, args=args, train_dataset=rows())
     message = (
         r"^step 3: the gradient norm is nan\. Not finite: gradients of model\.layers\.1\.mlp\.up_proj\.weight\. The "
-        r"step has not been made; cwd_not_finite='skip' leaves out such steps, 'ignore' makes them\. Look at the "
-        r"step's batch, lower --learning_rate or warm up longer, and go on from .*checkpoint-2$"
+        r"step has not been made; cwd_not_finite='skip' skips such steps, 'ignore' makes them\. Look at the "
+        r"step's batch, lower --learning_rate or warm up longer, and resume from .*checkpoint-2$"
     )
     with pytest.raises(RuntimeError, match=message):
         trainer.train()
@@ -146,7 +146,7 @@ def test_a_skipped_step_leaves_everything_as_without_its_batch(options, optim, c
 
 
 def test_too_many_skipped_in_a_row(options):
-    last = non_finite.MOST + 1  # batch 1 is skipped, batch 2 is good, and then all are bad
+    last = gradient_guard.MOST + 1  # batch 1 is skipped, batch 2 is good, and then all are bad
     data = rows(last + 4, bad=[0, *range(2, last + 4)])
     trainer = InOrder(
         model=tiny_llama(), train_dataset=data,
@@ -154,7 +154,7 @@ def test_too_many_skipped_in_a_row(options):
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=f"step {last + 1}: .*It would be the 20th step in a row to be skipped"):
         trainer.train()
-    assert trainer._cwd_guard.skipped == non_finite.MOST
+    assert trainer._cwd_guard.skipped == gradient_guard.MOST
     assert_same(trainer, trained(options, data[BATCH : 2 * BATCH], max_steps=1))
 
 
@@ -162,7 +162,7 @@ def test_steps_cannot_be_skipped_where_nobody_computes_a_norm(options, monkeypat
     """As in transformers 5.2, without clipping."""
     monkeypatch.delattr(Trainer, "_get_grad_norm")
     args = CWDTrainingArguments(**{**options, "max_grad_norm": 0.0, "cwd_not_finite": "skip"})
-    with pytest.raises(ValueError, match=r"goes by the gradient norm, and with max_grad_norm=0.0 .* 1e9 to clip"):
+    with pytest.raises(ValueError, match=r"needs the gradient norm, and with max_grad_norm=0.0 .* 1e9 to clip"):
         CWDTrainer(model=tiny_llama(), args=args)
     args.max_grad_norm = 1e9
     CWDTrainer(model=tiny_llama(), args=args)
@@ -185,7 +185,7 @@ def test_a_loss_without_labels_harms_nothing_and_is_said(options, caplog):
     trainer = trained(options, rows(bad=[1, 2]), kind=NoLabels)
     assert_same(trainer, trained(options, rows()))
     (warning,) = {r.message for r in caplog.records if r.name == "hf_cwd" and "labels" in r.message}
-    assert warning.startswith("step 2: the loss is nan, and the gradients are finite: the step is made.")
+    assert warning.startswith("step 2: the loss is nan, but the gradients are finite: the step is made.")
 
 
 @pytest.mark.parametrize("not_finite", ["stop", "skip"])

@@ -21,7 +21,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.wrappers import innermost
 
 sys.path.insert(0, {scripts!r})
 import unmodified

@@ -203,7 +203,7 @@ def test_what_is_not_finite_ends_the_run(arguments, algorithm):
     [
         (
             {"logging_nan_inf_filter": False},
-            "step 2: not finite: weights, updates or optimizer states of model.layers.1",
+            "step 2: weights, updates or optimizer states of model.layers.1",
         ),
         (
             {"optim_args": "cwd_log=off"},

@@ -50,5 +50,5 @@ def test_a_stop_ends_the_launch(launches):
 def test_deepspeed_stops_and_cannot_skip(launches):
     _, (_, _, found) = launches
     said = "step 2: the gradient norm is inf, this rank's loss nan. All weights on this rank are finite. "
-    assert found["stop"]["error"].startswith(f"{said}DeepSpeed has left the step out. Look at ")
+    assert found["stop"]["error"].startswith(f"{said}DeepSpeed has skipped the step. Look at ")
     assert found["skip"]["error"].startswith("cwd_not_finite='skip' is impossible under DeepSpeed, which steps before")

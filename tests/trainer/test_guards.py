@@ -5,8 +5,9 @@ import torch
 from transformers import Trainer
 
 from hf_cwd import CWDAdamW, CWDLion, log
-from hf_cwd.trainer.callbacks import guard
-from hf_cwd.trainer.callbacks.guard import OptimizerGuard, innermost
+from hf_cwd.trainer.callbacks import optimizer_guard
+from hf_cwd.trainer.callbacks.optimizer_guard import OptimizerGuard
+from hf_cwd.trainer.wrappers import innermost
 from tests.support.tiny import tiny_llama
 from tests.trainer.guarding import At, HeldTrainer, make, warned, weights
 
@@ -19,13 +20,13 @@ def fresh_warnings():
 @pytest.mark.parametrize("optim", ["cwd_adamw", "cwd_muon"])
 def test_an_ordinary_run_hears_nothing_and_is_left_without_a_hook(optim, arguments, caplog):
     hooks = []
-    trainer = make(arguments(optim=optim, max_steps=guard.UNSTEPPED + 2, gradient_accumulation_steps=2))
+    trainer = make(arguments(optim=optim, max_steps=optimizer_guard.UNSTEPPED + 2, gradient_accumulation_steps=2))
     trainer.add_callback(At(lambda: hooks.append(len(innermost(trainer.optimizer)._optimizer_step_post_hooks))))
     trainer.train()
-    assert hooks == [1] * (guard.UNSTEPPED + 2)
+    assert hooks == [1] * (optimizer_guard.UNSTEPPED + 2)
     assert not innermost(trainer.optimizer)._optimizer_step_post_hooks
     trainer.train()  # again, with the same optimizer
-    assert trainer.state.global_step == guard.UNSTEPPED + 2
+    assert trainer.state.global_step == optimizer_guard.UNSTEPPED + 2
     assert warned(caplog) == []
 
 
@@ -34,7 +35,7 @@ def test_other_optimizers_are_left_alone(arguments, caplog):
     hooks = []
     model = tiny_llama()
     stale = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(2))], "caution": True}], lr=0.0)
-    args = arguments(optim="adamw_torch", weight_decay=0.0, learning_rate=0.0, max_steps=guard.UNSTEPPED + 2)
+    args = arguments(optim="adamw_torch", weight_decay=0.0, learning_rate=0.0, max_steps=optimizer_guard.UNSTEPPED + 2)
     trainer = make(args, HeldTrainer, model, optimizers=(stale, None))
     trainer.add_callback(At(lambda: hooks.append(len(innermost(trainer.optimizer)._optimizer_step_post_hooks))))
     trainer.train()
@@ -193,22 +194,22 @@ def test_steps_that_are_swallowed(arguments):
 
 
 def test_steps_may_be_swallowed_now_and_then(arguments, caplog):
-    trainer = make(arguments(optim="cwd_lion", max_steps=2 * guard.UNSTEPPED + 1), HeldTrainer)
-    trainer.every = guard.UNSTEPPED
+    trainer = make(arguments(optim="cwd_lion", max_steps=2 * optimizer_guard.UNSTEPPED + 1), HeldTrainer)
+    trainer.every = optimizer_guard.UNSTEPPED
     trainer.train()
     assert warned(caplog) == []
 
 
 def test_a_loss_scaler_may_skip_steps(arguments, caplog, monkeypatch):
-    monkeypatch.setattr(guard, "SKIPPED", guard.UNSTEPPED + 2)
-    trainer = make(arguments(optim="cwd_adamw", max_steps=guard.UNSTEPPED + 1))
+    monkeypatch.setattr(optimizer_guard, "SKIPPED", optimizer_guard.UNSTEPPED + 2)
+    trainer = make(arguments(optim="cwd_adamw", max_steps=optimizer_guard.UNSTEPPED + 1))
     # So large a scale that every gradient is inf, and that stays so.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=0.9999)
     start = weights(trainer.model).clone()
     trainer.train()
     assert torch.equal(weights(trainer.model), start)
     assert warned(caplog) == []
-    trainer = make(arguments(optim="cwd_adamw", max_steps=guard.SKIPPED))
+    trainer = make(arguments(optim="cwd_adamw", max_steps=optimizer_guard.SKIPPED))
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=0.9999)
     trainer.train()
     (warning,) = warned(caplog)

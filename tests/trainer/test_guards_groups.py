@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 
 from hf_cwd import CWDAdamW, CWDLion, log
-from hf_cwd.trainer.callbacks import guard
+from hf_cwd.trainer.callbacks import optimizer_guard
 from tests.support.tiny import tiny_llama
 from tests.trainer.guarding import make, warned
 
@@ -49,7 +49,7 @@ def test_embeddings_that_were_resized_after_the_optimizer_was_made(arguments, ca
     trainer.train()
     assert torch.equal(trainer.model.lm_head.weight, start), "transformers makes this one anew"
     (warning,) = warned(caplog)
-    assert warning.startswith("CWDAdamW has no group with lm_head.weight, which LlamaForCausalLM computes gradients")
+    assert warning.startswith("lm_head.weight of LlamaForCausalLM get gradients, but are in no group of CWDAdamW")
 
 
 def test_an_optimizer_of_a_part_of_the_model(arguments, caplog):
@@ -169,7 +169,7 @@ def test_groups_with_their_own_rates_are_resumed_without_a_word(arguments, caplo
     make(arguments(**options, learning_rate=0.1), LayerwiseTrainer).train(resume_from_checkpoint=checkpoint)
     (warning,) = warned(caplog)
     assert (
-        "cwd_adamw keeps the hyper-parameters of its checkpoint, whatever the flags say now: lr=0.001, not 0.01; "
+        "cwd_adamw keeps the hyper-parameters of its checkpoint, which override the flags: lr=0.001, not 0.01; "
         in warning
     )
     assert "lr=0.02, not 0.2. To change them" in warning
@@ -218,7 +218,7 @@ def test_a_decayed_fraction_that_stays(mask, fraction, what, arguments, caplog):
         trainer.train()
         return [entry["cwd/decayed_fraction"] for entry in trainer.state.log_history if "loss" in entry]
 
-    enough = guard.SAME_FRACTION
+    enough = optimizer_guard.SAME_FRACTION
     assert fractions(enough - 1, optim_args=f"mask={mask}") == [fraction] * (enough - 1)
     found = fractions(enough + 2, hears=4, optim_args=f"mask={mask}")
     assert 0.3 < found[3] < 0.7

@@ -10,7 +10,7 @@ from optuna.samplers import GridSampler
 from transformers import Trainer, TrainerCallback
 
 from hf_cwd import log
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer.wrappers import innermost
 from tests.support.tiny import tiny_data, tiny_llama
 
 

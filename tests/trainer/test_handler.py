@@ -7,7 +7,8 @@ from accelerate import ParallelismConfig
 from transformers import Trainer
 
 from hf_cwd.rules import RULES
-from hf_cwd.trainer.handler import check_finished_arguments, options, parse_optim_args
+from hf_cwd.trainer.argument_checks import check_finished_arguments
+from hf_cwd.trainer.optim_args import options, parse_optim_args
 from tests.support.tiny import tiny_llama
 
 

@@ -115,7 +115,7 @@ def test_a_flag_before_the_script_becomes_its_first_argument(tmp_path):
     [
         (
             ["missing.py", "--optim", "cwd_adamw"],
-            "there is no script 'missing.py' in {cwd}, and no command of that name",
+            "there is no script 'missing.py' in {cwd}, and no such command",
         ),
         (["-m"], "-m needs the name of a module"),
         (["-c"], "-c needs the code"),
@@ -338,7 +338,7 @@ def test_processes_that_would_train_apart_are_refused(material, tmp_path):
     options = flags(material, output_dir="out", use_cpu="false")
     result = finish(start(*LAUNCHERS["torchrun"], SCRIPTS / "unmodified.py", *options, cwd=tmp_path))
     assert result.returncode != 0
-    assert "ValueError: 2 processes were started, but TrainingArguments take each for the only one" in result.stderr
+    assert "ValueError: 2 processes were started, but TrainingArguments have world_size=1" in result.stderr
     assert reports(tmp_path / "out") == []
 
 

@@ -78,7 +78,7 @@ def test_the_optimizer_s_own_groups_count(arguments):
     trainer = CWDTrainer(model=model, args=args, train_dataset=tiny_data(), optimizers=(optimizer, None))
     trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] == 0.0
-    assert run_record.settings(args, trainer.optimizer) == {
+    assert run_record.optimizer_settings(args, trainer.optimizer) == {
         "lr": [1e-4, 1e-3], "weight_decay": 0.3, "betas": (0.9, 0.95), "cautious": True, "mask": "gt", "kernel": "auto",
         "state_dtype": "auto", "master": "none",
     }  # fmt: skip

@@ -148,5 +148,5 @@ def test_another_optimizer_is_refused_before_the_model_is_loaded(make):
 
 def test_arguments_of_another_class(make):
     """SFTTrainer makes a SFTConfig of them, field by field."""
-    with pytest.raises(TypeError, match=r"MySFT makes arguments of its own class of a CWDTrainingArguments.*SFTConfig"):
+    with pytest.raises(TypeError, match=r"MySFT converts a CWDTrainingArguments to its own class.*SFTConfig"):
         make(MySFT, CWDTrainingArguments)

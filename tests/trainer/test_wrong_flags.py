@@ -14,11 +14,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_cwd import CWDTrainingArguments
 from hf_cwd.cli import main
-from hf_cwd.estimate.layouts import RANKS, parallelism
+from hf_cwd.estimate.parallelism import RANKS, parse_layout
 from tests.support.tiny import TINY
 
 NUMBER = "is a finite number >= 0"
-LIST = "begins as a JSON list and is none"
+LIST = "begins like a JSON list, but is not valid JSON"
 MODULES = "names no modules: give a regular expression, a list of names or all-linear"
 
 # Values of --optim, and the names that are suggested.
@@ -127,8 +127,8 @@ FLAGS = [
             ({"weight_decay": 0.1}, "weight_decay is set by --weight_decay, not here"),
             ({"learning_rate": 0.1}, "learning_rate is set by --learning_rate, not here"),
             ({1: 2}, "cwd_muon has no option '1'"),
-            ('{"mask": "gt"', "begins as a JSON object and is none: Expecting ',' delimiter"),
-            ("{mask: gt}", "begins as a JSON object and is none"),
+            ('{"mask": "gt"', "begins like a JSON object, but is not valid JSON: Expecting ',' delimiter"),
+            ("{mask: gt}", "begins like a JSON object, but is not valid JSON"),
         )
     ),
     *(
@@ -238,7 +238,7 @@ def test_flags_in_files(options, message, tmp_path):
 
 @pytest.mark.parametrize(("text", "world", "message"), LAYOUTS)
 def test_layouts(text, world, message):
-    refused(lambda: parallelism(text, world), message)
+    refused(lambda: parse_layout(text, world), message)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_layouts(text, world, message):
         (["--learning_rate", "-1"], "cwd_muon: --learning_rate=-1.0 is not valid"),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["--optim_args", "ns_coefficients=0:0:0"], "--optim_args: ns_coefficients='0:0:0' is not valid"),
-        (["--optim_args", '{"mask": "gt"'], "begins as a JSON object and is none"),
+        (["--optim_args", '{"mask": "gt"'], "begins like a JSON object, but is not valid JSON"),
         (["--optim_target_modules", '["q_proj"'], LIST),
     ],
 )
@@ -316,7 +316,7 @@ def test_a_mapping_with_the_own_fields(tmp_path):
 
 
 def test_several_triples_of_coefficients(arguments):
-    from hf_cwd.trainer.handler import optimizer_arguments
+    from hf_cwd.trainer.optim_args import optimizer_arguments
 
     args = arguments(optim="cwd_muon", optim_args="ns_coefficients=3:-4:2:2:-1.5:0.5")
     assert optimizer_arguments(args)["ns_coefficients"] == ((3.0, -4.0, 2.0), (2.0, -1.5, 0.5))

@@ -1,4 +1,4 @@
-"""Manifests for checkpoints of the plain Trainer, which saves in its own way: a callback that it has by default."""
+"""A default callback that writes and verifies manifests for the checkpoints of the plain Trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,19 @@ from hf_cwd.checkpoint.files import CheckpointError
 from hf_cwd.checkpoint.storage import Storage, together
 from hf_cwd.log import warn_once
 from hf_cwd.optim.optimizer import CWDOptimizer
-from hf_cwd.trainer.checks import innermost
 from hf_cwd.trainer.optim_names import chosen, names
 from hf_cwd.trainer.resuming import check, chosen_checkpoint, may_begin_fresh, verify_mode
 from hf_cwd.trainer.saving import versions
+from hf_cwd.trainer.wrappers import innermost
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes the manifest of each checkpoint, and compares the one that a run goes on from.
+    """Writes a manifest for each checkpoint, and verifies the checkpoint that a run resumes from.
 
-    Only where an optimizer of this package trains; :class:`hf_cwd.CWDTrainer`, which does it all by itself, takes it
-    away. The Trainer does not tell callbacks when all ranks have saved: with several ranks the manifest is written
-    after the next step, which no rank ends before all have begun it. What it resumes from is told by
-    :mod:`hf_cwd.trainer.resume_hooks`.
+    It acts only if an optimizer of this package trains. :class:`hf_cwd.CWDTrainer` has manifests of its own and removes
+    this callback. The Trainer does not tell callbacks when all ranks have saved. With several ranks the manifest is
+    therefore written after the next step, which no rank finishes before all have started it.
+    :mod:`hf_cwd.trainer.resume_hooks` calls :meth:`newest` and :meth:`compare`.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,12 @@ class CheckpointCallback(TrainerCallback):
         self._compared: Path | None = None
 
     def newest(self, trainer: Any, folder: str) -> str | None:
-        """What to resume from in a run's directory: the newest checkpoint that is what was saved.
+        """The newest intact checkpoint in a run's directory, to resume from.
 
-        None where no optimizer of this package is to train, or no checkpoint there has a manifest.
+        None if no optimizer of this package is to train, or no checkpoint has a manifest.
 
         Raises:
-            CheckpointError: none will do; it says why.
+            CheckpointError: no checkpoint can be resumed from; the message says why.
         """
         if chosen(trainer.args) not in names() and not _is_ours(trainer.optimizer):
             return None
@@ -44,15 +44,15 @@ class CheckpointCallback(TrainerCallback):
         paths = [storage.directory / name for name in storage.checkpoints().values()]
         if not any(together(lambda: any(map(manifest.exists, paths)))):
             return None
-        found = chosen_checkpoint(storage, True, mode=verify_mode(trainer.args), fresh=may_begin_fresh(trainer))
-        self._compared = Path(found)
-        return found
+        checkpoint = chosen_checkpoint(storage, True, mode=verify_mode(trainer.args), fresh=may_begin_fresh(trainer))
+        self._compared = Path(checkpoint)
+        return checkpoint
 
     def compare(self, trainer: Any, checkpoint: str) -> None:
-        """Compares what a run goes on from with its manifest, if it has one.
+        """Compares the checkpoint that a run resumes from with its manifest, if it has one.
 
         Raises:
-            CheckpointError: it is not what was saved.
+            CheckpointError: the checkpoint is not what was saved.
         """
         compared, self._compared, path = self._compared, None, Path(checkpoint)
         mode = verify_mode(trainer.args)
@@ -85,7 +85,7 @@ class CheckpointCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seal(args)  # ranks have added up their operations after the last save
+        self._seal(args)  # since the last save all ranks have met: they summed up their FLOPs
 
     def _seal(self, args: TrainingArguments) -> None:
         checkpoint, self._unsealed = self._unsealed, None

@@ -1,4 +1,7 @@
-"""What trained a model: the optimizer's settings, and ``cwd_run.json``, which ``hf-cwd report`` reads."""
+"""A default callback that writes ``cwd_run.json``: the arguments, the optimizer's settings, the model, the versions.
+
+``hf-cwd report`` reads it.
+"""
 
 import contextlib
 import importlib.metadata
@@ -17,38 +20,39 @@ import hf_cwd
 from hf_cwd.distributed.deepspeed_zero import full_shape
 from hf_cwd.log import warn_once
 from hf_cwd.optim.optimizer import CWDOptimizer
-from hf_cwd.trainer.checks import innermost
-from hf_cwd.trainer.handler import effective, of_groups, optimizer_arguments
+from hf_cwd.trainer.optim_args import effective, of_groups, optimizer_arguments
 from hf_cwd.trainer.optim_names import PREFIX, chosen, names
+from hf_cwd.trainer.wrappers import innermost
 
 FILE = "cwd_run.json"
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "trl", "peft")
 SECRET = ("token", "api_key", "password", "secret")
 
 
-def settings(args: TrainingArguments, optimizer: Any = None) -> dict[str, Any]:
+def optimizer_settings(args: TrainingArguments, optimizer: Any = None) -> dict[str, Any]:
     """Every setting that an optimizer of this package runs with, by its key in ``--optim_args``.
 
-    ``lr`` and ``weight_decay`` are added: as they were before the schedule, and of the groups that decay. A list holds
-    the values of groups that differ.
+    ``lr`` is the learning rate before the schedule. Groups without weight decay do not count for ``weight_decay``. If
+    groups differ, the value is a list.
 
     Args:
-        optimizer: the one that trains, whose groups count; it may be wrapped. None: what ``args`` ask for.
+        optimizer: the optimizer that trains, with or without wrappers: the values are those of its groups. None means
+            the optimizer that ``args`` ask for.
     """
-    optimizer, known = innermost(optimizer), {}
+    optimizer, settings = innermost(optimizer), {}
     algorithm = chosen(args).removeprefix(PREFIX) if chosen(args) in names() else None
     made = isinstance(optimizer, CWDOptimizer)
     if algorithm is not None and (not made or optimizer.defaults["algorithm"] == algorithm):
-        known = effective(algorithm, optimizer_arguments(args))
-    return known | (of_groups(optimizer.param_groups, optimizer.defaults["algorithm"]) if made else {})
+        settings = effective(algorithm, optimizer_arguments(args))
+    return settings | (of_groups(optimizer.param_groups, optimizer.defaults["algorithm"]) if made else {})
 
 
 def contents(args: TrainingArguments, model: nn.Module | None, optimizer: Any) -> dict[str, Any]:
-    """What ``cwd_run.json`` holds; nothing secret of the arguments."""
-    told = settings(args, optimizer)
+    """The contents of ``cwd_run.json``, without secrets such as tokens."""
+    settings = optimizer_settings(args, optimizer)
     for key, flag in (("lr", args.learning_rate), ("weight_decay", args.weight_decay)):
-        if told.get(key) == flag:  # else the flag had no effect, or a checkpoint's value has won over it
-            del told[key]
+        if settings.get(key) == flag:  # else the flag had no effect, or a checkpoint's value overrides it
+            del settings[key]
     versions = {"hf_cwd": hf_cwd.__version__, "python": platform.python_version()}
     for name in LIBRARIES:
         if name != "deepspeed" or args.deepspeed_plugin is not None:
@@ -56,17 +60,17 @@ def contents(args: TrainingArguments, model: nn.Module | None, optimizer: Any) -
                 versions[name] = importlib.metadata.version(name)
     record = {
         "arguments": _public(args.to_dict()),
-        "optimizer": {"optimizer_class": type(innermost(optimizer)).__name__, **told},
+        "optimizer": {"optimizer_class": type(innermost(optimizer)).__name__, **settings},
         "model": {} if model is None else _described(model),
         "world_size": args.world_size,
         "versions": versions,
     }
-    # Keys that JSON cannot have are left out, and values are written as text.
+    # Keys that are not valid in JSON are left out; values that are not are converted to text.
     return json.loads(json.dumps(record, default=str, skipkeys=True))
 
 
 def write(args: TrainingArguments, model: nn.Module | None, optimizer: Any) -> None:
-    """Writes ``cwd_run.json`` into the output directory, whole or not at all; a warning where it cannot be written."""
+    """Writes ``cwd_run.json`` into the output directory, atomically. If that fails, it only warns."""
     path = Path(args.output_dir) / FILE
     part = path.with_name(f".{FILE}.{os.getpid()}")
     try:
@@ -80,7 +84,7 @@ def write(args: TrainingArguments, model: nn.Module | None, optimizer: Any) -> N
 
 
 class RunRecordCallback(TrainerCallback):
-    """Writes ``cwd_run.json`` where training begins, in the world's first process, for an optimizer of this package."""
+    """Writes ``cwd_run.json`` when training begins, on rank 0, if an optimizer of this package trains."""
 
     def on_train_begin(
         self,
@@ -105,7 +109,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
 
 
 def _public(value: Any) -> Any:
-    """Arguments without what is not set, and without tokens and the like, also in nested ones."""
+    """Arguments without unset values and secrets, also within nested mappings."""
     if not isinstance(value, Mapping):
         return value
     return {

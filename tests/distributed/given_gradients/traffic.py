@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_cwd.newton_schulz.matrices import Layout
+from hf_cwd.newton_schulz.matrices import MatrixLayout
 
 # Every function of torch.distributed that communicates.
 FUNCTIONS = [
@@ -72,7 +72,7 @@ class Operators(TorchDispatchMode):
 def homes(shape: tuple[int, ...], layout: dict | None) -> torch.Tensor:
     """For each element of a parameter the number of the matrix that it lies in."""
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
-    blocks = [b if b.ndim > 2 else b.unsqueeze(0) for b in Layout(**(layout or {})).matrices(numbers)]
+    blocks = [b if b.ndim > 2 else b.unsqueeze(0) for b in MatrixLayout(**(layout or {})).matrices(numbers)]
     home = torch.empty(numbers.numel(), dtype=torch.long)
     for i, block in enumerate(blocks):
         for member, matrix in enumerate(block.flatten(0, -3)):

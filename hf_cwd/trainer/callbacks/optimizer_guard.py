@@ -1,4 +1,8 @@
-"""What fails silently elsewhere fails here, under any Trainer: a callback that the Trainer is given by default."""
+"""A default callback that looks at each step of any Trainer: does the optimizer that was asked for still train?
+
+:mod:`hf_cwd.trainer.start_checks` has the checks before the first step, :mod:`hf_cwd.trainer.gradient_guard` looks at
+the gradients of each step.
+"""
 
 from typing import Any
 
@@ -7,25 +11,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_cwd.log import warn_once
 from hf_cwd.optim.optimizer import CWDOptimizer
-from hf_cwd.trainer import checks
-from hf_cwd.trainer.checks import innermost
+from hf_cwd.trainer import start_checks
+from hf_cwd.trainer.wrappers import innermost
 
-UNSTEPPED = 10  # steps of the Trainer in a row without one of the optimizer that end a run
-SKIPPED = 50  # those that a loss scaler may skip in silence: it halves its scale 16 times before that is 1
-SAME_FRACTION = 10  # logs in a row with a decayed fraction of exactly 0, or 1, that are worth a warning
+UNSTEPPED = 10  # after this many Trainer steps in a row without an optimizer step the run ends
+SKIPPED = 50  # after this many steps in a row that a loss scaler skips there is a warning; 16 bring its scale to 1
+SAME_FRACTION = 10  # after this many logs in a row with a decayed fraction of exactly 0, or 1, there is a warning
 
 
 class OptimizerGuard(TrainerCallback):
-    """Ends or warns of a run whose optimizer is not the one that ``--optim cwd_*`` asked for, or does not train.
+    """Ends a run in which the optimizer of ``--optim cwd_*`` does not train, and warns of suspicious ones.
 
-    Inert with any other ``--optim``, unless an optimizer of this package was given as ``optimizers=``. Before the first
-    step it looks at the optimizer and its parameter groups, see :mod:`hf_cwd.trainer.checks`. After that it costs two
-    calls a step, and no tensor is read: steps of the optimizer are counted by a hook.
+    It does nothing with any other ``--optim``, unless an optimizer of this package was given as ``optimizers=``. Before
+    the first step it runs :mod:`hf_cwd.trainer.start_checks`. After that it costs two calls a step: a hook counts the
+    steps of the optimizer, and no tensor is read.
 
     Raises:
-        RuntimeError: something else trains, such as what Accelerate puts in the place of an optimizer under offload; or
-            the optimizer has none of the model's parameters, or its step is never called.
-        ValueError: a parameter group asks for another package's mask.
+        RuntimeError: another optimizer trains, such as the one that Accelerate substitutes under offload; or the
+            optimizer has none of the model's parameters, or its step is never called.
+        ValueError: a parameter group turns on the mask of another package.
     """
 
     def __init__(self) -> None:
@@ -51,19 +55,19 @@ class OptimizerGuard(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        # A run that ended in an error had no on_train_end: auto_find_batch_size begins anew with the same optimizer.
+        # A run that failed had no on_train_end; auto_find_batch_size starts again with the same optimizer.
         self._forget()
-        found = checks.check_optimizer(args, optimizer)
-        if found is None:
+        inner = start_checks.check_optimizer(args, optimizer)
+        if inner is None:
             return
-        checks.check_parameters(args, found, model)
-        checks.mark_replicated(optimizer, found, model)
-        checks.check_schedule(args, found, lr_scheduler)
-        checks.warn_of_zeros(args, found)
+        start_checks.check_parameters(args, inner, model)
+        start_checks.mark_replicated(optimizer, inner, model)
+        start_checks.check_schedule(args, inner, lr_scheduler)
+        start_checks.warn_of_zeros(args, inner)
         if state.global_step > 0:
-            checks.check_resumed(args, found, lr_scheduler, state.global_step)
-        self._optimizer = found
-        self._hook = found.register_step_post_hook(self._on_optimizer_step)
+            start_checks.check_resumed(args, inner, lr_scheduler, state.global_step)
+        self._optimizer = inner
+        self._hook = inner.register_step_post_hook(self._on_optimizer_step)
 
     def _on_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._stepped = self._ever_stepped = True
@@ -78,11 +82,11 @@ class OptimizerGuard(TrainerCallback):
     ) -> None:
         if self._optimizer is None:
             return
-        found = innermost(optimizer)
-        if found is not self._optimizer:
+        inner = innermost(optimizer)
+        if inner is not self._optimizer:
             raise RuntimeError(
                 f"{type(self._optimizer).__name__} began this run, and at step {state.global_step} "
-                f"{_other(found, self._optimizer)} is in its place. Replace an optimizer before train(), not during it"
+                f"{_other(inner, self._optimizer)} is in its place. Replace an optimizer before train(), not during it"
             )
         if self._stepped:
             self._stepped, self._unstepped, self._skipped = False, 0, 0
@@ -91,7 +95,7 @@ class OptimizerGuard(TrainerCallback):
             if self._skipped == SKIPPED and args.should_log:
                 warn_once(
                     f"the loss scaler has skipped {SKIPPED} steps in a row, since gradients are inf or NaN: "
-                    f"{type(found).__name__} has changed nothing meanwhile. Look at the loss, and prefer --bf16 to "
+                    f"{type(inner).__name__} has changed nothing meanwhile. Look at the loss, and prefer --bf16 to "
                     "--fp16"
                 )
         else:
@@ -112,7 +116,7 @@ class OptimizerGuard(TrainerCallback):
     ) -> None:
         ended_unstepped = self._unstepped > 0 and not self._ever_stepped
         error = self._never_stepped() if ended_unstepped else None
-        self._forget()  # also for a search, whose next trial needs the memory
+        self._forget()  # the next trial of a hyper-parameter search needs the memory
         if error is not None:
             raise error
 
@@ -135,8 +139,9 @@ class OptimizerGuard(TrainerCallback):
                 warn_once(_constant_fraction(int(fraction), type(self._optimizer).__name__))
 
 
-def _other(found: Any, first: CWDOptimizer) -> str:
-    return f"another {type(found).__name__}" if type(found) is type(first) else type(found).__name__
+def _other(optimizer: Any, first: CWDOptimizer) -> str:
+    name = type(optimizer).__name__
+    return f"another {name}" if type(optimizer) is type(first) else name
 
 
 def _constant_fraction(fraction: int, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a run's settings: flat, with short names, each in its section."""
+"""Collects a run's settings: a flat mapping with short names, and the section of each."""
 
 import json
 from collections.abc import Mapping
@@ -7,33 +7,33 @@ from typing import Any, NamedTuple
 
 OPTIMIZER, ARGUMENTS, OTHER, CONFIG = "Optimizer", "Training arguments", "Other", "Model configuration"
 SECTIONS = {"arguments": ARGUMENTS, "optimizer": OPTIMIZER, "model": "Model", "versions": "Versions"}
-FIRST = (
-    "optim",
-    "optimizer_class",
-    "optim_args",
-    "learning_rate",
-    "lr",
-    "weight_decay",
-    "cautious",
-)  # of the optimizer
+# The optimizer's settings, which come first.
+FIRST = ("optim", "optimizer_class", "optim_args", "learning_rate", "lr", "weight_decay", "cautious")
 ORDER = (OPTIMIZER, ARGUMENTS, "Model", CONFIG, OTHER, "Versions")
 
 
-class Known(NamedTuple):
-    """Values of settings by their names, the section that each is in, and those that the run itself says."""
+class RunSettings(NamedTuple):
+    """The settings of a run.
+
+    Attributes:
+        values: all values by name.
+        sections: the section of each name.
+        own: the values from the run's record, or from its model card.
+    """
 
     values: dict[str, Any]
     sections: dict[str, str]
-    own: dict[str, Any]  # of its record, else of its model card
+    own: dict[str, Any]
 
 
-def settings(
+def collect_settings(
     record: Mapping[str, Any], card: Mapping[str, Any], state: Mapping[str, Any], config: Mapping[str, Any]
-) -> Known:
-    """What a run's record says, or else its model card, and what the Trainer's state and the configuration say beside.
+) -> RunSettings:
+    """Merges a run's record, or else its model card, with the Trainer's state and the model's configuration.
 
-    An argument of the Trainer has its own name, and so has whatever else has a name to itself; the others are named by
-    their path in the record. The state wins: all runs have it, and it has steps and epochs as they came to be.
+    The Trainer's arguments keep their names, and so do other settings if the name is unique. All others are named by
+    their path in the record. Values of the state override the record: all runs have a state, and its steps and epochs
+    are the actual ones.
     """
     flat = _flat(record or card)
     names = _short(flat)
@@ -44,17 +44,17 @@ def settings(
     for key, name in names.items():
         sections[name] = SECTIONS.get(key.split(".")[0], OTHER) if nested else ARGUMENTS
     sections |= dict.fromkeys(FIRST, OPTIMIZER)
-    return Known({**of_config, **own, **state}, sections, own)
+    return RunSettings({**of_config, **own, **state}, sections, own)
 
 
 @cache
 def readable(text: str) -> str:
-    """`text` with what cannot be printed or encoded replaced."""
+    """Replaces characters that cannot be printed or encoded."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, with dotted keys; lists as JSON; without what is null."""
+    """Flattens nested objects, with dotted keys. Lists become JSON; null values are left out."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         name = prefix + readable(str(key))
@@ -66,7 +66,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(keys: Mapping[str, Any]) -> dict[str, str]:
-    """A name for each key: its last part, where no other has that, or where it is an argument's."""
+    """A name for each key: its last component if that is unique or an argument's name, else the whole key."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     own = {key for key in keys if key.startswith("arguments.") and key.count(".") == 1}
     arguments = {key.removeprefix("arguments.") for key in own}

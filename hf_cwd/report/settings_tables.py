@@ -1,33 +1,33 @@
-"""The settings of the runs: what differs, and all the rest folded away."""
+"""The tables of the runs' settings: first the ones that differ, then all others, folded."""
 
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from hf_cwd.report.compare import Setting, differing
-from hf_cwd.report.known import ARGUMENTS, CONFIG, FIRST, ORDER, OTHER
+from hf_cwd.report.compare import SeedGroup, differing
 from hf_cwd.report.numbers import count
 from hf_cwd.report.read import Run
+from hf_cwd.report.run_settings import ARGUMENTS, CONFIG, FIRST, ORDER, OTHER
 from hf_cwd.report.tables import table
 
 PLACES = ("output_dir", "logging_dir", "run_name", "hub_model_id")
-BESIDE = 8  # settings, or runs, that are columns; more of them are rows
+BESIDE = 8  # up to this many groups are columns; more are rows
 
 
-def tables(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
-    """The settings that differ, and the others folded away, by their sections."""
+def tables(runs: Sequence[Run], groups: Sequence[SeedGroup]) -> str:
+    """The settings that differ, and the others, folded, by section."""
     apart, common = differing(runs)
-    sections = {key: section for run in runs for key, section in run.known.sections.items()}
+    sections = {key: section for run in runs for key, section in run.settings.sections.items()}
 
     def place(key: str) -> tuple[int, int]:
         return FIRST.index(key) if key in FIRST else len(FIRST), ORDER.index(sections.get(key, OTHER))
 
-    parts = []
+    tables_ = []
     different = sorted((key for key in apart if key not in PLACES), key=place)
     if different:
-        parts.append(_differences(runs, groups, {key: apart[key] for key in different}, sections))
+        tables_.append(_differences(runs, groups, {key: apart[key] for key in different}, sections))
     elif len(runs) > 1:
-        parts.append("<p>No known setting differs between the runs.</p>")
+        tables_.append("<p>No known setting differs between the runs.</p>")
     for section in ORDER:
         keys = [key for key in sorted(common, key=place) if sections.get(key, OTHER) == section]
         if keys:
@@ -36,20 +36,25 @@ def tables(runs: Sequence[Run], groups: Sequence[Setting]) -> str:
             plural = "s" * (len(keys) > 1)
             title = f"{section}: {len(keys)} setting{plural}{in_common}"
             fold = table(title, ["Setting", "Value"], rows, text=1)
-            parts.append(_fold(title, fold, is_open=len(runs) == 1 and section not in (ARGUMENTS, CONFIG)))
+            tables_.append(_fold(title, fold, is_open=len(runs) == 1 and section not in (ARGUMENTS, CONFIG)))
     if places := [key for key in PLACES if key in apart]:
-        rows = [[r.name, *(f'<td class="text">{_shown(apart[k][i], k, r)}</td>' for k in places)]
-                for i, r in enumerate(runs)]  # fmt: skip
-        parts.append(_fold("Names and places", table("Names and places", ["Run", *places], rows, text=len(places))))
-    return "\n".join(parts) or "<p>Nothing is known of the settings.</p>"
+        tables_.append(_fold("Names and places", _places(runs, places, apart)))
+    return "\n".join(tables_) or "<p>Nothing is known of the settings.</p>"
+
+
+def _places(runs: Sequence[Run], places: Sequence[str], apart: dict[str, list[Any]]) -> str:
+    rows = []
+    for i, run in enumerate(runs):
+        rows.append([run.name, *(f'<td class="text">{_shown(apart[key][i], key, run)}</td>' for key in places)])
+    return table("Names and places", ["Run", *places], rows, text=len(places))
 
 
 def _differences(
-    runs: Sequence[Run], groups: Sequence[Setting], apart: dict[str, list[Any]], sections: dict[str, str]
+    runs: Sequence[Run], groups: Sequence[SeedGroup], apart: dict[str, list[Any]], sections: dict[str, str]
 ) -> str:
-    """A row for each setting and a column for each group of runs; turned round where those are many."""
+    """A row for each setting and a column for each group of runs; transposed if there are many groups."""
 
-    def cell(key: str, group: Setting) -> str:
+    def cell(key: str, group: SeedGroup) -> str:
         shown = dict.fromkeys(_shown(apart[key][i], key, runs[i]) for i in group.members)
         return f'<td class="text">{", ".join(shown)}</td>'
 
@@ -66,18 +71,18 @@ def _differences(
 
 
 def facts(runs: Sequence[Run]) -> str:
-    """What trained, where all runs that say it say the same: the model, the number of processes, the versions."""
+    """The model, the number of processes and the versions, each if the runs do not differ in it."""
     common = differing(runs)[1]
-    found = []
+    result = []
     if "model_class" in common:
         size = f" with {count(common['num_parameters'])} parameters" if "num_parameters" in common else ""
         trained = common.get("num_trainable", common.get("num_parameters"))
         some = f", {count(trained)} of them trained" if trained != common.get("num_parameters") else ""
-        found.append(f"{common['model_class']}{size}{some}")
+        result.append(f"{common['model_class']}{size}{some}")
     if "world_size" in common:
-        found.append("one process" if common["world_size"] == 1 else f"{common['world_size']} processes")
+        result.append("one process" if common["world_size"] == 1 else f"{common['world_size']} processes")
     versions = [f"{name} {common[name]}" for name in ("hf_cwd", "transformers", "torch") if name in common]
-    return "; ".join([*found, *([", ".join(versions)] if versions else [])])
+    return "; ".join([*result, *([", ".join(versions)] if versions else [])])
 
 
 def _fold(title: str, body: str, *, is_open: bool = False) -> str:
@@ -99,5 +104,5 @@ def _shown(value: Any, key: str, run: Run | None = None) -> str:
 
 
 def _as_given(value: float) -> str:
-    """As it was given: `1e-3` was not `0.001000`."""
+    """The shortest text for a number, as a user would write it."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -4,7 +4,7 @@ import pytest
 
 from hf_cwd.checkpoint import manifest
 from hf_cwd.checkpoint.files import CheckpointError
-from hf_cwd.checkpoint.saved_layout import saved_under
+from hf_cwd.checkpoint.saved_parallelism import saved_under
 
 
 def of_deepspeed(checkpoint, *names):
