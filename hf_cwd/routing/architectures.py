@@ -82,7 +82,9 @@ FUSED: tuple[Fused, ...] = (
     Fused("Wqkv", "MptAttention|ModernBertAttention", QKV, _equal(3)),
     Fused("att_proj|qkv_linear", "BarkSelfAttention|LayoutLMv2SelfAttention", QKV, _equal(3)),
     Fused(
-        "q_proj", "Qwen(3Next|3_5|3_5Moe|4ExpText)Attention", "q, gate by head",
+        "q_proj",
+        "Qwen(3Next|3_5|3_5Moe|4ExpText)Attention",
+        "q, gate by head",
         lambda a, rows: ((a.head_dim, a.head_dim), rows // a.head_dim // 2),
     ),
     Fused("c_attn", "GPTBigCodeAttention", QKV, _bigcode),
@@ -95,11 +97,15 @@ FUSED: tuple[Fused, ...] = (
     Fused("in_proj", "DisentangledSelfAttention", QKV + " by head", _by_head(lambda a: a.num_attention_heads)),
     Fused("to_kv|kv_proj", ".*Conformer.*|Evolla.*|JetMoeAttention", "k, v", _equal(2)),
     Fused(
-        "kv_a_proj_with_mqa", ".*", "latent, rotary key",
+        "kv_a_proj_with_mqa",
+        ".*",
+        "latent, rotary key",
         lambda a, rows: ((a.kv_lora_rank, rows - a.kv_lora_rank), 1),
     ),
     Fused(
-        "kv_b_proj", ".*", "k, v by head",
+        "kv_b_proj",
+        ".*",
+        "k, v by head",
         lambda a, rows: ((a.qk_nope_head_dim, a.v_head_dim), rows // (a.qk_nope_head_dim + a.v_head_dim)),
     ),
     Fused("gate_up_proj", ".*", GATE_UP, _equal(2)),
@@ -115,16 +121,20 @@ FUSED: tuple[Fused, ...] = (
     Fused("in_proj", "ZambaMambaMixer", "x, gate in turn", lambda a, rows: ((1, 1), rows // 2)),
     Fused("in_proj", MAMBA2, "gate, x, B, C, dt", _mamba2),
     Fused(
-        "x_proj", MAMBA1, "dt, B, C",
+        "x_proj",
+        MAMBA1,
+        "dt, B, C",
         lambda a, rows: ((a.time_step_rank, a.ssm_state_size, a.ssm_state_size), 1),
     ),
     Fused("in_proj_qkv", ".*GatedDeltaNet", QKV, lambda a, rows: ((a.key_dim, a.key_dim, a.value_dim), 1)),
     Fused("in_proj_qkvz", ".*GatedDeltaNet", "q, k, v, z by head", _qkvz),
     Fused(
-        "in_proj_ba", ".*GatedDeltaNet", "b, a by head",
+        "in_proj_ba",
+        ".*GatedDeltaNet",
+        "b, a by head",
         lambda a, rows: ((rows // a.num_k_heads // 2,) * 2, a.num_k_heads),
     ),
-)  # fmt: skip
+)
 # A layer with such a name in a model that is not in the table is fused too, but how is unknown.
 LOOKS_FUSED = re.compile(r".*qkv.*|query_key_value|c_attn|.*gate_up.*|to_kv")
 

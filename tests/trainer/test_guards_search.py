@@ -147,7 +147,7 @@ class KeepingTrainer(Trainer):
 
 def test_a_former_trial_s_optimizer_is_an_error(arguments):
     trainer, watch = searcher(arguments, KeepingTrainer, optim="cwd_adamw")
-    with pytest.raises(RuntimeError, match="none of the 21 parameters of CWDAdamW is one of LlamaForCausalLM's"):
+    with pytest.raises(RuntimeError, match="none of the 21 parameters of CWDAdamW is a parameter of LlamaForCausalLM"):
         search(trainer, {"learning_rate": [1e-3, 1e-2]})
     assert len(watch.trials) == 1
 

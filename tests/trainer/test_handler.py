@@ -79,7 +79,7 @@ def test_other_optimizers_options_are_none_of_our_business(arguments):
 def test_every_option_s_default_is_valid(algorithm):
     rule = RULES[algorithm]
     for name, option in options(algorithm).items():
-        assert option.kind.check(option.kind.default) is not None, name
+        assert option.hyperparameter.check(option.hyperparameter.default) is not None, name
     assert set(rule.hyperparameters) <= options(algorithm).keys()
     assert ({"share", "exchange_bytes"} <= options(algorithm).keys()) == (rule.matrix is not None)
 
