@@ -185,9 +185,12 @@ def test_replaced_during_training(arguments):
     assert trainer.state.global_step == 12
 
 
-def test_steps_that_are_swallowed(arguments):
-    trainer = make(arguments(optim="cwd_lion", max_steps=3), HeldTrainer)
-    with pytest.raises(RuntimeError, match=r"3 training steps in a row called no step\(\) of CWDLion.*a wrapper"):
+@pytest.mark.parametrize(
+    ("steps", "counted"), [(3, 3), (guard.UNSTEPPED + 2, guard.UNSTEPPED)], ids=["at the end", "meanwhile"]
+)
+def test_steps_that_are_swallowed(steps, counted, arguments):
+    trainer = make(arguments(optim="cwd_lion", max_steps=steps), HeldTrainer)
+    with pytest.raises(RuntimeError, match=rf"{counted} training steps in a row called no step\(\) of CWDLion"):
         trainer.train()
     assert not innermost(trainer.optimizer)._optimizer_step_post_hooks
 
