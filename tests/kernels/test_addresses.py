@@ -179,18 +179,31 @@ def test_masters_are_made_of_bits(place):
         optimizer.step()
 
 
+class Dispatched(torch.Tensor):
+    """Has memory, and decides what is done with it."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
 def test_what_is_plain():
     jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
     odd = [
         *(torch._efficientzerotensor(4), torch._neg_view(torch.ones(4)), torch.ones(4, device="meta")),
         *(torch._to_functional_tensor(torch.ones(4)), torch.eye(4).to_sparse(), torch.ones(4, 4).to_mkldnn()),
         *(TwoTensor(torch.ones(4), torch.ones(4)), nn.UninitializedParameter(), jagged),
+        torch.ones(4).as_subclass(Dispatched),
     ]
     for tensor in odd:
         assert obstacle(tensor) is not None
         assert not are_plain([torch.ones(3), tensor])
         assert not lacks_memory(tensor)
         assert not overlaps_itself(tensor)
+    cut = torch.ones(12)[8:]
+    cut.untyped_storage().resize_(cut.nbytes)  # as many bytes as it has, and not where it has them
+    assert lacks_memory(cut)
+    assert not are_plain([cut])
     whole = torch.ones(6, 4)
     fine = [whole, whole[2:], whole[6:], nn.Parameter(whole), torch.ones(()), torch.ones(3, 0), whole[:1]]
     assert are_plain(fine)

@@ -92,6 +92,18 @@ def negative_gradient(optimizer, params):
     params[3].grad = torch._neg_view(params[3].grad)
 
 
+def narrow_gradient(optimizer, params):
+    params[1].grad.data = params[1].grad.data.to(torch.bfloat16)
+
+
+def eager_by_name(optimizer, params):
+    optimizer.param_groups[0]["kernel"] = "eager"
+
+
+def no_kernel_by_name(optimizer, params):
+    optimizer.param_groups[0]["kernel"] = "auto"
+
+
 def half_of_a_bucket(optimizer, params):
     bucket = torch.zeros(2 * params[3].numel())
     bucket[params[3].numel() :] = params[3].grad
@@ -110,7 +122,7 @@ CHANGES = [
     *(nothing, nothing, lr, no_gradient, another_state_tensor, other_memory, options, transposed_gradient, loaded),
     *(nothing, counted_by_hand, alike, another_count, without_state, nothing, parted, half_of_a_bucket),
     *(negative_gradient, a_key_of_a_wrapper, transposed_parameter, transposed_back, negative_parameter),
-    *(negative_back, another_group),
+    *(negative_back, narrow_gradient, eager_by_name, no_kernel_by_name, another_group),
 ]
 KEEP = {nothing, lr, options, alike, parted, half_of_a_bucket}
 OUTLAST = {
@@ -119,6 +131,8 @@ OUTLAST = {
     negative_gradient,
     transposed_parameter,
     negative_parameter,
+    narrow_gradient,
+    eager_by_name,
 }  # the step: they change the next
 
 

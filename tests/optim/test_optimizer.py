@@ -154,6 +154,15 @@ def test_copies_train_on(algorithm, duplicate):
     twin.add_param_group({"params": [parameter(2, 2)]})
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_s_parameters_are_not_known_to_be_replicated(duplicate):
+    p = parameter(3, 3)
+    optimizer = CWDMuon([p])
+    optimizer.mark_replicated([p])
+    assert optimizer._matrix_step._replicated == {p}
+    assert duplicate(optimizer)._matrix_step._replicated == set()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_state_has_the_parameter_s_dtype_and_shape(algorithm, dtype):
     p = parameter(3, 4, dtype=dtype)

@@ -1,7 +1,7 @@
 """What StepStatistics says of a step, against numbers computed from the weights before and after it."""
 
 import copy
-from math import isnan, nan
+from math import inf, isnan, nan
 
 import numpy as np
 import pytest
@@ -120,6 +120,22 @@ def test_what_is_not_finite_is_named():
     found = optimizer.statistics.read()
     assert not found.total.is_finite
     assert found.not_finite == {params["two"]: "parameter 'two' of shape (4,)"}
+
+
+@pytest.mark.parametrize("kernel", ["eager", "c"])
+@pytest.mark.parametrize(("algorithm", "key"), [("adamw", "exp_avg_sq"), ("lion", "exp_avg")])
+def test_a_state_that_is_not_finite_is_named(algorithm, key, kernel):
+    """Its directions are: 0 over an infinite second moment, and a sign."""
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = CWDOptimizer([("broken", p), ("whole", q)], lr=0.1, algorithm=algorithm, kernel=kernel)
+    for is_broken in (False, True):
+        p.grad, q.grad = torch.ones(4), torch.ones(4)
+        if is_broken:
+            optimizer.state[p][key][1] = inf
+            optimizer.statistics = StepStatistics()
+        optimizer.step()
+    assert p.isfinite().all()
+    assert optimizer.statistics.read().not_finite == {p: "parameter 'broken' of shape (4,)"}
 
 
 def test_nothing_was_stepped():

@@ -19,6 +19,23 @@ def test_kept_items_are_those_made_anew(rule, kernel):
     assert list(problems(rule, kernel)) == []
 
 
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES.values() if rule.matrix is None])
+def test_parameters_of_one_shape_have_gradients_in_turn(rule):
+    """As many in each step, of the same size: only the parameters tell that they are others."""
+    results = []
+    for forgets in (False, True):
+        params = [torch.nn.Parameter(torch.full((4, 3), value)) for value in (1.0, -2.0)]
+        optimizer = CWDOptimizer(params, algorithm=rule, lr=0.1, weight_decay=0.5)
+        for present in ((0, 1), (0,), (1,), (0,)):
+            for number, p in enumerate(params):
+                p.grad = torch.full((4, 3), 0.5) if number in present else None
+            if forgets:
+                optimizer._kept.clear()
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_are_freed(rule):
     """By zero_grad(), not in the next step, which would have the memory of two sets of gradients."""

@@ -212,6 +212,13 @@ def test_a_target_that_names_no_matrix_is_an_error(targets, message, arguments):
         trainer.create_optimizer()
 
 
+def test_an_expression_is_for_the_whole_name():
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 3)})
+    assert next(r.algorithm for r in route(model, target_modules=".*proj").routes) == "muon"
+    with pytest.raises(ValueError, match="'proj' names no matrix"):
+        route(model, target_modules="proj")
+
+
 def test_targets_that_mean_nothing_are_refused_before_a_model_is_loaded(arguments):
     with pytest.raises(ValueError, match=r"--optim_target_modules 'q_proj\(' is not a regular expression"):
         arguments(optim="cwd_muon", optim_target_modules=["v_proj", "q_proj("])

@@ -193,6 +193,12 @@ def test_steps_that_are_swallowed(arguments):
     assert not innermost(trainer.optimizer)._optimizer_step_post_hooks
 
 
+def test_swallowed_steps_end_a_run_before_its_end(arguments):
+    trainer = make(arguments(optim="cwd_lion", max_steps=guard.UNSTEPPED + 2), HeldTrainer)
+    with pytest.raises(RuntimeError, match=rf"{guard.UNSTEPPED} training steps in a row called no step"):
+        trainer.train()
+
+
 def test_steps_may_be_swallowed_now_and_then(arguments, caplog):
     trainer = make(arguments(optim="cwd_lion", max_steps=2 * optimizer_guard.UNSTEPPED + 1), HeldTrainer)
     trainer.every = optimizer_guard.UNSTEPPED

@@ -107,9 +107,9 @@ def test_adam_flags_reach_muon_s_adamw_groups_only(arguments):
 
 
 def test_learning_rate_and_weight_decay_are_the_user_s(arguments, algorithm):
-    for group in built(arguments(optim=f"cwd_{algorithm}", learning_rate=0.0123, weight_decay=0.456)):
-        assert group["lr"] == 0.0123
-        assert group["weight_decay"] in (0.456, 0.0)
+    groups = built(arguments(optim=f"cwd_{algorithm}", learning_rate=0.0123, weight_decay=0.456))
+    assert {group["lr"] for group in groups} == {0.0123}
+    assert {group["weight_decay"] for group in groups} == {0.456, 0.0}
     muon, *adamw = built(arguments(optim="cwd_muon", learning_rate=0.0123, optim_args="adamw_lr=0.004"))
     assert muon["lr"] == 0.0123
     assert {group["lr"] for group in adamw} == {0.004}
