@@ -125,6 +125,8 @@ def test_sub_groups_are_closed_once_they_are_full():
     assert [[param.name for param in group] for group in groups] == [["a", "b", "c"], ["d"]]
     assert [param.offset for param in groups[0]] == [0, 50, 52]
     assert [len(group) for group in stage_3(shapes, world=2, sub_group_size=10**9)] == [4]
+    exactly = stage_3([("a", (4,)), ("b", (4,))], 1, 4)
+    assert [[held.name for held in group] for group in exactly] == [["a"], ["b"]]
 
 
 def test_fragments_and_extents():
