@@ -27,7 +27,12 @@ def settings(group: Mapping[str, Any]) -> Settings:
     return Settings(
         hyper=tuple((name, group[name]) for name in RULES[group["algorithm"]].hyperparameters),
         lr=lr if group["capturable"] and isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr),
-        **{name: group[name] for name in Settings._fields if name not in ("hyper", "lr")},
+        weight_decay=group["weight_decay"],
+        cautious=group["cautious"],
+        mask=group["mask"],
+        maximize=group["maximize"],
+        kernel=group["kernel"],
+        capturable=group["capturable"],
     )
 
 
