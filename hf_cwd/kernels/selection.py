@@ -44,7 +44,7 @@ def select(name: str, device: torch.device) -> ModuleType:
             )
         return KERNELS[wanted]
     if name != "auto":
-        raise ValueError(f"kernel={name!r} cannot run on {device.type}: {reason}. Leave kernel at 'auto', or mend that")
+        raise ValueError(f"kernel={name!r} cannot run on {device.type}: {reason}. Use kernel='auto', or fix that")
     _warn_once(f"the {wanted} kernel is not available ({reason}): the eager one takes its place, and is slower")
     return eager
 

@@ -147,10 +147,10 @@ def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, A
 
 
 def _carried(state: Iterable[str], keys: Iterable[str], group: Mapping[str, Any]) -> set[str]:
-    """Which keys of a saved state are a wrapper's, and so carried along.
+    """The keys of a saved state that belong to a wrapper, and are carried along.
 
-    Optimizers of this package, whose groups have an ``algorithm``, keep nothing but their rule's. Those of others may
-    be of another rule: of them only what is known to be a wrapper's is.
+    An optimizer of this package keeps only its rule's keys, so every other key is a wrapper's; its groups have an
+    ``algorithm``. A state of another library may be of another rule: only known wrappers' keys are carried along.
     """
     extra = set(state).difference(keys, ("step", REMAINDER))
     return extra if "algorithm" in group else {key for key in extra if key.startswith(WRAPPERS)}

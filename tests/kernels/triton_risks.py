@@ -185,13 +185,13 @@ def items_that_are_kept() -> Iterator[str]:
 def odd_tensors() -> Iterator[str]:
     """Steps in which the eager kernel takes what has no address, and these kernels the rest."""
     selection.FASTEST["cpu"] = "triton"
-    selection._kernel.cache_clear()
+    selection._kernel_for.cache_clear()
     try:
         for rule in RULES:
             yield from (f"{rule}: {text}" for text in odd.problems(rule))
     finally:
         selection.FASTEST["cpu"] = "c"
-        selection._kernel.cache_clear()
+        selection._kernel_for.cache_clear()
 
 
 @case
