@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.kernels import build
-from hf_cwd.kernels.interface import COLUMNS, Item, Row, Sums, row
+from hf_cwd.kernels.interface import COLUMNS, Item, Row, Sums, apply_row, row
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -103,11 +103,19 @@ def about() -> str:
     return f"{LEVELS[max(0, _level())]}, {count} thread{'s' * (count != 1)}"
 
 
-def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def refusal(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
-    if rule is not None and rule.direction not in OPERATIONS:
+    if rule.direction not in OPERATIONS:
         return f"the rule {rule.name}"
-    names = ("parameters", "gradients" if rule is not None else "directions", *("states",) * (len(dtypes) - 2))
+    return _refused(("parameters", "gradients", *("states",) * (len(dtypes) - 2)), dtypes)
+
+
+def refusal_to_apply(dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """See :class:`hf_cwd.kernels.interface.Kernel`."""
+    return _refused(("parameters", "directions"), dtypes)
+
+
+def _refused(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> str | None:
     refused = (f"{str(t).removeprefix('torch.')} {what}" for what, t in zip(names, dtypes, strict=True))
     return next((text for text, t in zip(refused, dtypes, strict=True) if t not in DTYPES), None)
 
@@ -156,8 +164,7 @@ def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]]
         param, buffers, remainder = item.param, item.buffers, item.remainder
         index = indices.setdefault((id(item.settings), item.step, scale), len(numbers))
         if index == len(numbers):
-            made = row(rule, item.settings, item.step, scale)
-            numbers.append(made if rule is not None else made._replace(grad_scale=1.0))  # a direction is as it is
+            numbers.append(apply_row(item.settings, scale) if rule is None else row(rule, item.settings, item.step))
         dtypes = (param.dtype, second.dtype, tuple(t.dtype for t in buffers), remainder is not None)
         numel = param.numel()
         tables.setdefault(dtypes, []).extend(

@@ -28,9 +28,15 @@ for _dtype in (torch.float32, torch.float64):
     torch.ones(1, dtype=_dtype).sqrt()
 
 
-def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def refusal(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """None: it takes everything."""
     del rule, dtypes
+    return None
+
+
+def refusal_to_apply(dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """None: it takes everything."""
+    del dtypes
     return None
 
 

@@ -1,7 +1,7 @@
 """What a kernel is given: this rank's part of each parameter, and its group's settings, as one row of numbers."""
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -84,23 +84,26 @@ class Sums:
 
 
 class Kernel(Protocol):
-    """The operations over lists of items. ``cache`` is the optimizer's own: a kernel may keep its tables there.
+    """The operations over lists of items. ``cache`` belongs to the optimizer: a kernel may keep its tables there.
 
-    A kernel other than ``eager`` is given only tensors whose addresses it may take: of equally many elements, whose
-    numbers lie there, see :mod:`hf_cwd.kernels.addresses`.
+    A kernel other than ``eager`` only gets tensors whose memory it may access directly, see
+    :mod:`hf_cwd.kernels.addresses`. The tensors of an item have equally many elements.
     """
 
-    def refusal(self, rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
-        """Why it cannot run a rule on (param, grad, states); None if it can. ``rule`` None: apply, (param, u)."""
+    def refusal(self, rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Why it cannot run a rule on (param, grad, states); None if it can."""
+
+    def refusal_to_apply(self, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Why it cannot decay and apply with (param, direction); None if it can."""
 
     def update(
         self, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]
     ) -> None:
         """One step of an element-wise rule: direction, decay, apply.
 
-        ``kept`` belongs to these items: it is empty at their first step. At the next ones nothing of them has changed
-        but where gradients lie, and, alike in items that had the same ones, settings and steps. What a kernel has
-        found out about the items it may keep there.
+        A kernel may keep in ``kept`` what it computed for these items. It is empty at their first step. At later steps
+        only three things can differ: the addresses of gradients, the settings, and the step numbers. Items that shared
+        settings and a step number still share them.
         """
 
     def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
@@ -114,7 +117,7 @@ class Kernel(Protocol):
         sums: Sums | None,
         cache: dict[Any, Any],
     ) -> None:
-        """Decay, and apply directions that are known; ``grad`` and ``buffers`` of the items are not looked at."""
+        """Decays, and applies the given directions. ``grad`` and ``buffers`` of the items are not read."""
 
 
 class Row(NamedTuple):
@@ -165,8 +168,13 @@ def _adamw(step: int, betas: tuple[float, float], eps: float) -> dict[str, float
     beta1, beta2 = betas
     weight, far = _lerp(1 - beta1)
     return {
-        **{"first_weight": weight, "first_far": far, "keep": beta2, "take": 1 - beta2, "eps": eps},
-        **{"root_scale": (1 - beta2**step) ** -0.5, "direction_scale": 1 / (1 - beta1**step)},
+        "first_weight": weight,
+        "first_far": far,
+        "keep": beta2,
+        "take": 1 - beta2,
+        "root_scale": (1 - beta2**step) ** -0.5,
+        "eps": eps,
+        "direction_scale": 1 / (1 - beta1**step),
     }
 
 
@@ -178,7 +186,10 @@ def _lion(step: int, betas: tuple[float, float]) -> dict[str, float]:
 def _moving_average(momentum: float, nesterov: bool) -> dict[str, float]:
     (first, first_far), (second, second_far) = _lerp(1 - momentum), _lerp(momentum)
     return {
-        **{"first_weight": first, "first_far": first_far, "second_weight": second, "second_far": second_far},
+        "first_weight": first,
+        "first_far": first_far,
+        "second_weight": second,
+        "second_far": second_far,
         "form": 3.0 + 4.0 * nesterov,
     }
 
@@ -212,13 +223,20 @@ def _decay(lr: float, weight_decay: float, cautious: bool, mask: str) -> dict[st
     return {"opposed": opposed, "aligned": aligned, "neither": neither, "decays": 1.0}
 
 
-def row(rule: Rule | None, settings: Settings, step: int = 0, scale: float = 1.0) -> Row:
-    """The row of a group in a step; ``rule`` None: decay and apply only, with ``scale`` on the direction."""
-    hyper: Mapping[str, float] = FUSED[rule.direction](step, **dict(settings.hyper)) if rule is not None else {}
+def row(rule: Rule, settings: Settings, step: int) -> Row:
+    """The row of a group in a step: the direction, decay and apply."""
     return Row(
         grad_scale=-1.0 if settings.maximize else 1.0,
+        rate=-settings.lr,
+        **FUSED[rule.direction](step, **dict(settings.hyper)),
+        **_decay(settings.lr, settings.weight_decay, settings.cautious, settings.mask),
+    )
+
+
+def apply_row(settings: Settings, scale: float) -> Row:
+    """The row of a group whose directions are given: decay and apply, with ``scale`` on the direction."""
+    return Row(
         rate=-settings.lr * scale,
-        **hyper,
         **_decay(settings.lr, settings.weight_decay, settings.cautious, settings.mask),
     )
 

@@ -19,6 +19,7 @@ KERNELS: dict[str, ModuleType] = {"eager": eager, "c": c, "triton": triton}
 FASTEST = {"cpu": "c", "cuda": "triton"}
 
 Describe = Callable[[Tensor], str]
+Choose = Callable[[str, torch.device, tuple[torch.dtype, ...]], ModuleType]  # by name, device and dtypes
 
 _logger = logging.getLogger("hf_cwd")
 
@@ -43,7 +44,7 @@ def select(name: str, device: torch.device) -> ModuleType:
             )
         return KERNELS[wanted]
     if name != "auto":
-        raise ValueError(f"kernel={name!r} cannot run on {device.type}: {reason}. Leave kernel at 'auto', or mend that")
+        raise ValueError(f"kernel={name!r} cannot run on {device.type}: {reason}. Use kernel='auto', or fix that")
     _warn_once(f"the {wanted} kernel is not available ({reason}): the eager one takes its place, and is slower")
     return eager
 
@@ -72,15 +73,15 @@ def calls(rule: Rule, items: Sequence[Item], describe: Describe = by_shape) -> l
         ValueError: a kernel was asked for by name that does not take an item.
         RuntimeError: a tensor has no memory, or not as much as its shape needs, or the shapes of an item differ.
     """
-    found = _by_kernel(rule, items, describe=describe, flat=True)
+    found = _by_kernel(functools.partial(_kernel_for, rule), items, describe=describe, flat=True)
     return [Call(kernel, [item for _, item in some], {}) for (kernel, _), some in found.items()]
 
 
 def can_be_kept(calls: Sequence[Call], items: Sequence[Item]) -> bool:
     """Whether the next step may take the same calls: each has items as they are, for a kernel that takes addresses.
 
-    An item in another form would not see its next gradient, and where the eager kernel steps a tensor, nothing that is
-    done once for each item is worth to be spared.
+    An item that was made flat would not see its next gradient. The eager kernel takes so long for each tensor that
+    keeping its calls would save nothing that counts.
     """
     own = set(map(id, items))
     return all(call.kernel is not eager and own.issuperset(map(id, call.items)) for call in calls)
@@ -96,7 +97,8 @@ def directions(
     rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any], describe: Describe = by_shape
 ) -> None:
     """Writes the directions before the matrix stage to ``outs``, which are contiguous and of one dtype."""
-    found = _by_kernel(rule, items, *{out.dtype for out in outs}, describe=describe)
+    choose = functools.partial(_kernel_for, rule)
+    found = _by_kernel(choose, items, *{out.dtype for out in outs}, describe=describe)
     for (kernel, _), some in found.items():
         kernel.directions(rule, [item for _, item in some], [outs[position] for position, _ in some], cache)
 
@@ -109,9 +111,9 @@ def apply(
     cache: dict[Any, Any],
     describe: Describe = by_shape,
 ) -> None:
-    """Decay, and apply directions that are known and contiguous."""
+    """Decays, and applies the given directions, which are contiguous."""
     known = [replace(item, grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
-    for (kernel, _), some in _by_kernel(None, known, describe=describe).items():
+    for (kernel, _), some in _by_kernel(_kernel_to_apply, known, describe=describe).items():
         chosen = [position for position, _ in some]
         kernel.apply(
             [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], sums, cache
@@ -119,7 +121,7 @@ def apply(
 
 
 def _by_kernel(
-    rule: Rule | None, items: Sequence[Item], *out: torch.dtype, describe: Describe, flat: bool = False
+    choose: Choose, items: Sequence[Item], *out: torch.dtype, describe: Describe, flat: bool = False
 ) -> dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]]:
     """Items and their positions by kernel and device.
 
@@ -133,7 +135,7 @@ def _by_kernel(
         param, grad, buffers, settings = item.param, item.grad, item.buffers, item.settings
         key = (settings, param.device, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
         if key != known:  # neighbours are mostly alike
-            known, kernel = key, _kernel(settings.kernel, param.device, rule, key[2:])
+            known, kernel = key, choose(settings.kernel, param.device, key[2:])
             if settings.capturable and kernel is not triton:
                 raise ValueError(
                     f"capturable=True needs the triton kernel, which does not step a parameter of {param.dtype} on "
@@ -215,9 +217,20 @@ def _eager_instead(odd: str, describe: Describe, owner: Tensor) -> None:
 
 
 @functools.cache
-def _kernel(name: str, device: torch.device, rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
+def _kernel_for(rule: Rule, name: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
+    """The kernel that runs a rule on (param, grad, states)."""
     kernel = select(name, device)
-    reason = kernel.refusal(rule, dtypes)
+    return _unless_refused(kernel, name, kernel.refusal(rule, dtypes))
+
+
+@functools.cache
+def _kernel_to_apply(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
+    """The kernel that decays and applies with (param, direction)."""
+    kernel = select(name, device)
+    return _unless_refused(kernel, name, kernel.refusal_to_apply(dtypes))
+
+
+def _unless_refused(kernel: ModuleType, name: str, reason: str | None) -> ModuleType:
     if reason is None:
         return kernel
     if name != "auto":

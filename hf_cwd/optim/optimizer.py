@@ -361,7 +361,7 @@ class CWDOptimizer(torch.optim.Optimizer):
 
 
 def _checked_defaults(owner: str, rule: Rule, values: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
-    """What a group of a rule has where it says nothing, ``values`` among it; TypeError where the rule has no such key.
+    """The defaults of a rule's groups, with ``values`` in place of the rule's own. TypeError for an unknown key.
 
     Args:
         owner: who takes them, for the message.

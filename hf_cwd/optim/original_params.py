@@ -17,11 +17,11 @@ _logger = logging.getLogger("hf_cwd")
 
 @dataclass
 class _Origin:
-    """Of one group, which is found by being the same object: its place may change.
+    """What one group was made of. The group is found by identity, since its index may change.
 
-    ``params`` is the list that the group had, not its tensors: who puts others in their place there (FSDP2) frees them,
-    and DeepSpeed, which gives the group another list, keeps them. No weak references: torch swaps no tensor that has
-    one, as :meth:`torch.nn.Module.to` may have to.
+    ``params`` is the list object that the group had. FSDP2 replaces tensors within that list, so the old ones are
+    freed. DeepSpeed gives the group another list, so the original ones stay alive here. Weak references would not do:
+    torch refuses to swap a tensor that has one, and :meth:`torch.nn.Module.to` may have to.
     """
 
     group: Group

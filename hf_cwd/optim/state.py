@@ -27,7 +27,12 @@ def settings(group: Mapping[str, Any]) -> Settings:
     return Settings(
         hyper=tuple((name, group[name]) for name in RULES[group["algorithm"]].hyperparameters),
         lr=lr if group["capturable"] and isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr),
-        **{name: group[name] for name in Settings._fields if name not in ("hyper", "lr")},
+        weight_decay=group["weight_decay"],
+        cautious=group["cautious"],
+        mask=group["mask"],
+        maximize=group["maximize"],
+        kernel=group["kernel"],
+        capturable=group["capturable"],
     )
 
 
@@ -55,7 +60,7 @@ def keys(group: Mapping[str, Any], param: torch.dtype) -> tuple[str, ...]:
 def held(
     states: Mapping[Tensor, Mapping[str, Tensor]], p: Tensor, group: Mapping[str, Any]
 ) -> list[tuple[str, Tensor]]:
-    """A parameter's states that are there and are to have its shape, by name."""
+    """The states that a parameter already has and that must have its shape, by name."""
     state = states.get(p, {})
     return [(key, state[key]) for key in keys(group, p.dtype) if key in state]
 
@@ -68,7 +73,7 @@ def advance(
 ) -> list[Item]:
     """Counts a step of parameters of a group, and gives this rank's parts. Without a gradient it counts as zero.
 
-    A model has hundreds of parameters: what is done for each of them here is part of every step's time.
+    This loop runs in every step for hundreds of parameters: keep it short.
     """
     own = RULES[group["algorithm"]].state_keys(group)
     asked = group["master"] != "none"
@@ -111,11 +116,11 @@ def pieces(item: Item, extents: Sequence[tuple[int, int]]) -> list[Item]:
 class Kept:
     """An optimizer's calls of kernels, taken again in the next step if only gradients, steps and settings change.
 
-    To look at every tensor of a few hundred parameters anew takes longer than a GPU needs for the step. This is the
-    one place that decides that nothing else has changed, and all that is kept from step to step hangs on it: items,
-    what the kernels know of them, and that their addresses may be taken. What is compared instead: parameters, states
-    and counts are the same objects; they lie where they lay, and parameters have the shapes, strides and dtypes that
-    they had. Gradients, which are new tensors, are looked at as in the first step.
+    Checking every tensor of a few hundred parameters takes longer than a GPU needs for the step. This class alone
+    decides whether anything else has changed. The items, what the kernels computed for them, and the permission to use
+    their addresses are reused only if it says so. It compares: parameters, states and step counts are the same objects
+    at the same addresses, and parameters have the same shapes, contiguity and dtypes. Gradients are new tensors in
+    each step, and are checked as in the first one.
 
     Args:
         states: the optimizer's.
@@ -158,7 +163,7 @@ class Kept:
         items: Sequence[Item],
         calls: Sequence[Call],
     ) -> "Kept | None":
-        """What may be kept of a step, if anything: no parts of parameters, and only what kernels step as it is."""
+        """What a step may keep, or None: every item must be a whole parameter that its kernel steps as it is."""
         whole = bool(items) and all(item.param is item.owner for item in items)
         return cls(states, groups, params, items, calls) if whole and can_be_kept(calls, items) else None
 

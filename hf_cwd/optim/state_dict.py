@@ -147,17 +147,18 @@ def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, A
 
 
 def _carried(state: Iterable[str], keys: Iterable[str], group: Mapping[str, Any]) -> set[str]:
-    """Which keys of a saved state are a wrapper's, and so carried along.
+    """The keys of a saved state that belong to a wrapper, and are carried along.
 
-    Optimizers of this package, whose groups have an ``algorithm``, keep nothing but their rule's. Those of others may
-    be of another rule: of them only what is known to be a wrapper's is.
+    An optimizer of this package keeps only its rule's keys, so every other key is a wrapper's; its groups have an
+    ``algorithm``. A state of another library may be of another rule: only known wrappers' keys are carried along.
     """
     extra = set(state).difference(keys, ("step", REMAINDER))
     return extra if "algorithm" in group else {key for key in extra if key.startswith(WRAPPERS)}
 
 
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**{key: value for key, value in state.items() if key != BITSANDBYTES}, **state.get(BITSANDBYTES, {})}
+    own = {key: value for key, value in state.items() if key != BITSANDBYTES}
+    return own | state.get(BITSANDBYTES, {})
 
 
 def _rules(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -272,8 +273,9 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, adopted: Mapping[str, Any])
 def only_initialises(optimizer: torch.optim.Optimizer) -> bool:
     """Whether torch.distributed.checkpoint calls step() to have state made, with zero gradients and a zero lr.
 
-    It must not be taken for a step: the count would advance, and where only some ranks have no state yet, only those
-    would wait for the others. The first step of a warm-up has lr 0 too: what tells them apart is the caller.
+    That call must not count as a step: the step number would advance, and if only some ranks have no state yet, these
+    would wait for the others for ever. The first step of a warm-up has lr 0 too, and its gradients may be zero. torch
+    passes no argument and sets no attribute that tells the two apart, so the caller is read off the stack.
     """
     if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False

@@ -51,7 +51,7 @@ def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], *, needs_matrices: 
 
     Args:
         p: a parameter.
-        states: of its states, which have its shape, those that there are, by name.
+        states: the states that it already has and that must have its shape, by name.
         needs_matrices: whether its rule does.
         has_master: whether it is the upper half of an fp32 master.
     """

@@ -64,14 +64,14 @@ def same_row(row: Row) -> Row:
 def rows(mutate: Callable[[Row], Row]) -> Iterator[None]:
     """Every module of the kernels sees mutated rows."""
 
-    def mutated(*args: Any, **named: Any) -> Row:
-        return mutate(true(*args, **named))
+    def mutated(true: Callable[..., Row]) -> Callable[..., Row]:
+        return lambda *args, **named: mutate(true(*args, **named))
 
-    true = interface.row
     with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("hf_cwd.kernels") and getattr(module, "row", None) is true:
-                stack.enter_context(mock.patch.object(module, "row", mutated))
+        for function, true in (("row", interface.row), ("apply_row", interface.apply_row)):
+            for name, module in list(sys.modules.items()):
+                if name.startswith("hf_cwd.kernels") and getattr(module, function, None) is true:
+                    stack.enter_context(mock.patch.object(module, function, mutated(true)))
         yield
 
 

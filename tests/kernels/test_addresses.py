@@ -221,7 +221,7 @@ def test_what_is_plain():
 
 def test_each_device_has_its_calls(monkeypatch):
     """A kernel is launched for the tensors of one device: models whose layers lie on several are stepped as well."""
-    monkeypatch.setattr(selection, "_kernel", lambda name, device, rule, dtypes: eager)
+    monkeypatch.setattr(selection, "_kernel_for", lambda rule, name, device, dtypes: eager)
     made = settings("lion")
     devices = ["cpu", "meta", "cpu", "meta"]
     tensors = [torch.zeros(3, device=device) for device in devices]

@@ -249,7 +249,7 @@ def test_refusals():
     assert c.refusal(adamw, (f64, f64, f64, f64)) == "float64 parameters"
     assert c.refusal(adamw, (f32, f64, f32, f32)) == "float64 gradients"
     assert c.refusal(adamw, (f32, f32, f32, f64)) == "float64 states"
-    assert c.refusal(None, (f32, f64)) == "float64 directions"
+    assert c.refusal_to_apply((f32, f64)) == "float64 directions"
     other = mock.Mock(direction=lambda *_: None)
     other.name = "other"
     assert c.refusal(other, (f32, f32)) == "the rule other"

@@ -17,8 +17,10 @@ UPDATE, DIRECTIONS, KNOWN = "lion all dtypes in one call", "muon sizes to float3
 
 
 def kernel(**replaced: Any) -> Any:
-    names = ("refusal", "update", "directions", "apply")
-    return types.SimpleNamespace(**{name: getattr(eager, name) for name in names} | replaced)
+    names = ("refusal", "refusal_to_apply", "update", "directions", "apply")
+    result = types.SimpleNamespace()
+    vars(result).update({name: getattr(eager, name) for name in names} | replaced)
+    return result
 
 
 def problems(case: Case, **replaced: Any) -> list[str]:

@@ -179,12 +179,16 @@ def test_a_learning_rate_on_the_device_must_be_one_that_the_kernel_reads():
         ("sgd", (F, F), None),
         ("muon", (F, F, F, B), None),
         ("muon", (F, F, F, torch.float64), "float64 directions"),
-        (None, (B, F), None),
-        (None, (F, torch.float64), "float64 directions"),
     ],
 )
 def test_refusal(rule, dtypes, reason):
-    assert triton.refusal(rule and RULES[rule], dtypes) == reason
+    assert triton.refusal(RULES[rule], dtypes) == reason
+
+
+def test_refusal_to_apply():
+    assert triton.refusal_to_apply((B, F)) is None
+    assert triton.refusal_to_apply((F, torch.float64)) == "float64 directions"
+    assert triton.refusal_to_apply((torch.float64, F)) == "float64 parameters"
 
 
 def test_a_rule_of_somebody_else_is_refused(monkeypatch):

@@ -185,13 +185,13 @@ def items_that_are_kept() -> Iterator[str]:
 def odd_tensors() -> Iterator[str]:
     """Steps in which the eager kernel takes what has no address, and these kernels the rest."""
     selection.FASTEST["cpu"] = "triton"
-    selection._kernel.cache_clear()
+    selection._kernel_for.cache_clear()
     try:
         for rule in RULES:
             yield from (f"{rule}: {text}" for text in odd.problems(rule))
     finally:
         selection.FASTEST["cpu"] = "c"
-        selection._kernel.cache_clear()
+        selection._kernel_for.cache_clear()
 
 
 @case
@@ -267,8 +267,15 @@ def offsets_beyond_32_bits() -> Iterator[str]:
             kind = triton._type(dtype)
             ops.walk[(1,)](
                 *(words, torch.tensor([[0, chunk]], dtype=torch.int32), rows, None),
-                **{"OP": "lion", "X": kind, "G": kind, "S": kind, "STATES": 1, "REMAINDER": False, "SUM": False},
-                **{"VECTOR": 1, "BLOCK": block},
+                OP="lion",
+                X=kind,
+                G=kind,
+                S=kind,
+                STATES=1,
+                REMAINDER=False,
+                SUM=False,
+                VECTOR=1,
+                BLOCK=block,
             )
             right = block // 2 if chunk == (1 << 33) // block else block
             if x.tolist() != [0.5] * right + [1.0] * (block - right):
@@ -307,7 +314,8 @@ def _rows_differ(rule: str, made: interface.Settings) -> Iterator[str]:
             triton.kernels().fill_rows[(len(templates),)](words, words.view(torch.float64), templates, found)
         at = made._replace(lr=float(made.lr))
         for k, (step, scale) in enumerate(zip(steps, scales, strict=True)):
-            right = torch.tensor(interface.row(None if applied else RULES[rule], at, 1 if applied else step, scale))
+            row = interface.apply_row(at, scale) if applied else interface.row(RULES[rule], at, step)
+            right = torch.tensor(row)
             if not torch.equal(found[k].view(torch.int32), right.view(torch.int32)):
                 wrong = [name for name, a, b in zip(interface.Row._fields, found[k], right, strict=True) if a != b]
                 yield f"{rule} {made} step {step}: {wrong}"

@@ -125,7 +125,8 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
     tensors = [_Tensors(case.rule, parameter, device, k) for k, parameter in enumerate(case.parameters)]
     for one in tensors:
         dtypes = [t.whole.dtype for t in (one.param, one.grad, *one.states)] + ([TORCH[case.out]] if case.out else [])
-        if reason := kernel.refusal(rule, tuple(dtypes)):
+        reason = kernel.refusal_to_apply(tuple(dtypes)) if rule is None else kernel.refusal(rule, tuple(dtypes))
+        if reason:
             return [f"refused: {reason}"]
     outs = []
     if case.out is not None:  # not zeros: an element that is not written is seen

@@ -63,9 +63,18 @@ def refusal(theirs_class, own_class):
 
 def train(folder, optim, optim_args=None, resume=None):
     args = TrainingArguments(
-        **{"output_dir": str(folder), "use_cpu": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3},
-        **{"optim": optim, "optim_args": optim_args, "learning_rate": 1e-2, "weight_decay": 0.1},
-        **{"per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True},
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        optim=optim,
+        optim_args=optim_args,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        per_device_train_batch_size=4,
+        report_to="none",
+        disable_tqdm=True,
     )
     trainer = Trainer(model=tiny_llama(), args=args, train_dataset=tiny_data())
     trainer.train(resume_from_checkpoint=resume)

@@ -154,7 +154,7 @@ def problems(rule: str, kernel: str) -> Iterator[str]:
 
     module.update = watched
     fastest, selection.FASTEST["cpu"] = selection.FASTEST["cpu"], kernel
-    selection._kernel.cache_clear()
+    selection._kernel_for.cache_clear()
     try:
         for number, change in enumerate([nothing, *(c for each in CHANGES for c in (each, nothing))]):
             for forgets, (optimizer, params) in enumerate(made):
@@ -181,4 +181,4 @@ def problems(rule: str, kernel: str) -> Iterator[str]:
                 )
     finally:
         module.update, selection.FASTEST["cpu"] = update, fastest
-        selection._kernel.cache_clear()
+        selection._kernel_for.cache_clear()

@@ -1,7 +1,7 @@
 """Fused kernels for GPUs, in Triton: one launch steps all tensors of one combination of dtypes, whatever their groups.
 
-Nothing here waits for the device, nothing is compiled again when a hyper-parameter changes, and while only rows or
-gradients move, one small copy a step goes to the device. A twin of :mod:`hf_cwd.kernels.eager`, see
+Nothing here waits for the device. A changed hyper-parameter compiles nothing again. While only hyper-parameters, step
+numbers or gradients' addresses change, a step sends one small copy to the device. A twin of :mod:`hf_cwd.kernels.eager`, see
 :class:`hf_cwd.kernels.interface.Row`; with ``TRITON_INTERPRET=1`` it also runs on a CPU, for tests.
 """
 
@@ -49,18 +49,25 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def refusal(rule: Rule | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What of a rule or of these dtypes cannot be taken, see :class:`hf_cwd.kernels.interface.Kernel`."""
-    if rule is not None and rule.direction not in OPERATIONS:
+def refusal(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why a rule cannot run on these dtypes, see :class:`hf_cwd.kernels.interface.Kernel`."""
+    if rule.direction not in OPERATIONS:
         return f"the rule {rule.name}, which has no fused form"
     param, grad, *others = dtypes
-    states = others if rule is None else others[: STATES[rule.direction]]
-    kinds = [("parameters", param), ("gradients" if rule is not None else "directions", grad)]
-    kinds += [("states", dtype) for dtype in states] + [("directions", dtype) for dtype in others[len(states) :]]
-    for name, dtype in kinds:
-        if dtype not in NUMBERS:
-            return f"{str(dtype).removeprefix('torch.')} {name}"
-    return "states of different dtypes" if len(set(states)) > 1 else None
+    states, outs = others[: STATES[rule.direction]], others[STATES[rule.direction] :]
+    named = [("parameters", param), ("gradients", grad)]
+    named += [("states", dtype) for dtype in states] + [("directions", dtype) for dtype in outs]
+    return _refused(named) or ("states of different dtypes" if len(set(states)) > 1 else None)
+
+
+def refusal_to_apply(dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why given directions cannot be applied, see :class:`hf_cwd.kernels.interface.Kernel`."""
+    return _refused(list(zip(("parameters", "directions"), dtypes, strict=True)))
+
+
+def _refused(named: Sequence[tuple[str, torch.dtype]]) -> str | None:
+    refused = (f"{str(dtype).removeprefix('torch.')} {name}" for name, dtype in named if dtype not in NUMBERS)
+    return next(refused, None)
 
 
 def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:

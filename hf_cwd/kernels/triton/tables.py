@@ -59,7 +59,7 @@ def rows(rule: Rule | None, items: Sequence[Item], scales: Sequence[float]) -> R
 def made(rule: Rule | None, keys: Sequence[tuple[interface.Settings, int | Tensor, float]], places: list[int]) -> Rows:
     """The rows of these settings, steps and scales on the direction."""
     if not any(isinstance(step, Tensor) or isinstance(given.lr, Tensor) for given, step, _ in keys):
-        return Rows([interface.row(rule, *key) for key in keys], places, [], [])
+        return Rows([_row(rule, *key) for key in keys], places, [], [])
     templates: dict[Hashable, interface.Row] = {}
     result = Rows([], places, [], [])
     for given, step, scale in keys:
@@ -74,9 +74,13 @@ def made(rule: Rule | None, keys: Sequence[tuple[interface.Settings, int | Tenso
 
 def _template(rule: Rule | None, settings: interface.Settings, step: int | Tensor, scale: float) -> interface.Row:
     if not isinstance(step, Tensor) and not isinstance(settings.lr, Tensor):
-        return interface.row(rule, settings, step, scale)
+        return _row(rule, settings, step, scale)
     unit = settings._replace(lr=1.0, weight_decay=float(settings.weight_decay != 0))
-    return interface.row(rule, unit, 2 if isinstance(step, Tensor) else step)
+    return _row(rule, unit, 2 if isinstance(step, Tensor) else step, 1.0)
+
+
+def _row(rule: Rule | None, settings: interface.Settings, step: int, scale: float) -> interface.Row:
+    return interface.apply_row(settings, scale) if rule is None else interface.row(rule, settings, step)
 
 
 def _sources(settings: interface.Settings, step: int | Tensor) -> tuple[int, int, int]:
