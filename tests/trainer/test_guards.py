@@ -194,8 +194,8 @@ def test_steps_that_are_swallowed(arguments):
 
 
 def test_swallowed_steps_end_a_run_before_its_end(arguments):
-    trainer = make(arguments(optim="cwd_lion", max_steps=guard.UNSTEPPED + 2), HeldTrainer)
-    with pytest.raises(RuntimeError, match=rf"{guard.UNSTEPPED} training steps in a row called no step"):
+    trainer = make(arguments(optim="cwd_lion", max_steps=optimizer_guard.UNSTEPPED + 2), HeldTrainer)
+    with pytest.raises(RuntimeError, match=rf"{optimizer_guard.UNSTEPPED} training steps in a row called no step"):
         trainer.train()
 
 
