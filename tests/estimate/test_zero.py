@@ -93,7 +93,7 @@ def bill(model, layout, *, dtype=torch.float32, rule="muon", device="cpu", **arg
 
 def tiny(**changes):
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+        return LlamaForCausalLM(LlamaConfig(**(TINY | changes)))
 
 
 @pytest.mark.parametrize("world", [2, 4, 8, 16])

@@ -22,8 +22,10 @@ def changed(**arguments):
 
 def folds(text):
     """The summaries of what is folded away, and whether it is open."""
-    return {part.split("</summary>")[0].split("<summary>")[1]: part.startswith(" open")
-            for part in text.split("<details")[1:]}  # fmt: skip
+    return {
+        part.split("</summary>")[0].split("<summary>")[1]: part.startswith(" open")
+        for part in text.split("<details")[1:]
+    }
 
 
 def test_names_and_sections_of_a_record(make_run):
@@ -35,9 +37,12 @@ def test_names_and_sections_of_a_record(make_run):
     assert known.values["optimizer.weight_decay"] == 0.3
     assert known.values["max_steps"] == 8  # as it came to be
     assert {key: known.sections[key] for key in ("optim", "max_steps", "adamw_betas", "num_parameters", "torch")} == {
-        "optim": "Optimizer", "max_steps": "Training arguments", "adamw_betas": "Optimizer",
-        "num_parameters": "Model", "torch": "Versions",
-    }  # fmt: skip
+        "optim": "Optimizer",
+        "max_steps": "Training arguments",
+        "adamw_betas": "Optimizer",
+        "num_parameters": "Model",
+        "torch": "Versions",
+    }
     assert known.sections["world_size"] == "Other"
     assert known.sections["model.hidden_size"] == "Model configuration"
 
