@@ -121,9 +121,11 @@ def _theirs(module: str, name: str, group: dict[str, Any] | None = None, **optio
     return make
 
 
-ROWS_ALIKE = {"adjust_lr_fn": "match_rms_adamw"}
-MUON = {"family": MATRIX, "temporaries": "tensor"}
-DEEPSPEED = {"device": "cpu"}
+def _matrix(make: Callable[[list[Tensor]], Any], kernel: str | None = None) -> Candidate:
+    """An optimizer of matrices only; each keeps a copy of the tensor that it works on."""
+    return Candidate(make, family=MATRIX, temporaries="tensor", kernel=kernel)
+
+
 CANDIDATES: dict[str, Candidate] = {
     "torch_adamw_fused": Candidate(_torch("AdamW", fused=True)),
     "torch_adamw_fused_again": Candidate(_torch("AdamW", fused=True)),
@@ -148,24 +150,22 @@ CANDIDATES: dict[str, Candidate] = {
     "cwd_lion_eager": Candidate(_cwd("CWDLion", kernel="eager")),
     "cwd_sgd": Candidate(_cwd("CWDSGD", momentum=0.9), kernel="auto"),
     "cwd_sgd_eager": Candidate(_cwd("CWDSGD", momentum=0.9, kernel="eager")),
-    "deepspeed_adam": Candidate(_theirs("deepspeed.ops.adam", "DeepSpeedCPUAdam"), **DEEPSPEED),
-    "deepspeed_lion": Candidate(_theirs("deepspeed.ops.lion", "DeepSpeedCPULion"), **DEEPSPEED),
+    "deepspeed_adam": Candidate(_theirs("deepspeed.ops.adam", "DeepSpeedCPUAdam"), device="cpu"),
+    "deepspeed_lion": Candidate(_theirs("deepspeed.ops.lion", "DeepSpeedCPULion"), device="cpu"),
     "lion_pytorch": Candidate(_theirs("lion_pytorch", "Lion"), temporaries="tensor"),
     "pytorch_optimizer_adamw": Candidate(_theirs("pytorch_optimizer", "AdamW"), temporaries="full"),
     "pytorch_optimizer_lion": Candidate(_theirs("pytorch_optimizer", "Lion"), temporaries="full"),
     "dion_adamw": Candidate(_theirs("dion", "Muon", {"algorithm": "adamw"}), temporaries="full"),
     "dion_lion": Candidate(_theirs("dion", "Muon", {"algorithm": "lion"}), temporaries="full"),
-    "torch_muon": Candidate(_torch("Muon", **ROWS_ALIKE), **MUON),
-    "torch_muon_again": Candidate(_torch("Muon", **ROWS_ALIKE), **MUON),
-    "cwd_muon": Candidate(_cwd("CWDMuon"), **MUON, kernel="auto"),
-    "cwd_muon_bf16": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16"), **MUON, kernel="auto"),
-    "cwd_muon_off": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16", cautious=False), **MUON, kernel="auto"),
-    "cwd_muon_logged": Candidate(lambda params: Logged(params, "CWDMuon", ns_dtype="bfloat16"), **MUON, kernel="auto"),
-    "cwd_muon_eager": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16", kernel="eager"), **MUON),
-    "dion_muon": Candidate(_theirs("dion", "Muon", nesterov=True, adjust_lr="rms_norm"), **MUON),
-    "pytorch_optimizer_muon": Candidate(
-        _theirs("pytorch_optimizer", "Muon", {"use_muon": True}, use_adjusted_lr=True), **MUON
-    ),
+    "torch_muon": _matrix(_torch("Muon", adjust_lr_fn="match_rms_adamw")),
+    "torch_muon_again": _matrix(_torch("Muon", adjust_lr_fn="match_rms_adamw")),
+    "cwd_muon": _matrix(_cwd("CWDMuon"), kernel="auto"),
+    "cwd_muon_bf16": _matrix(_cwd("CWDMuon", ns_dtype="bfloat16"), kernel="auto"),
+    "cwd_muon_off": _matrix(_cwd("CWDMuon", ns_dtype="bfloat16", cautious=False), kernel="auto"),
+    "cwd_muon_logged": _matrix(lambda params: Logged(params, "CWDMuon", ns_dtype="bfloat16"), kernel="auto"),
+    "cwd_muon_eager": _matrix(_cwd("CWDMuon", ns_dtype="bfloat16", kernel="eager")),
+    "dion_muon": _matrix(_theirs("dion", "Muon", nesterov=True, adjust_lr="rms_norm")),
+    "pytorch_optimizer_muon": _matrix(_theirs("pytorch_optimizer", "Muon", {"use_muon": True}, use_adjusted_lr=True)),
 }
 BASELINES = {ELEMENTWISE: "torch_adamw_fused", MATRIX: "torch_muon"}
 AGAIN = "{}_again"
@@ -177,7 +177,7 @@ def candidates() -> dict[str, Candidate]:
 
     forms = getattr(RULES["muon"].hyperparameters.get("ns"), "choices", ())
     return CANDIDATES | {
-        f"cwd_muon_{form}": Candidate(_cwd("CWDMuon", ns_dtype="bfloat16", ns=form), **MUON, kernel="auto")
+        f"cwd_muon_{form}": _matrix(_cwd("CWDMuon", ns_dtype="bfloat16", ns=form), kernel="auto")
         for form in forms
         if form != "auto"  # cwd_muon_bf16
     }

@@ -82,7 +82,11 @@ def start(name: str, folder: Path, limit: float) -> Running:
     with (own / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), name, str(own), str(limit)],
-            **{"env": env, "cwd": own, "stdout": log, "stderr": log, "start_new_session": True},
+            env=env,
+            cwd=own,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     return Running(name, process, own, time.monotonic(), limit)
 

@@ -63,13 +63,15 @@ def optimizers() -> dict[str, Callable[..., Any]]:
     return found | {"adamw remainder": made(CWDAdamW, torch.bfloat16, master="remainder")}
 
 
-def with_parameters(cls: Any, dtype: torch.dtype, device: str, **options: Any) -> tuple[Any, list[Tensor]]:
+def with_parameters(
+    cls: Any, dtype: torch.dtype, device: str, *, lr: float = 1e-2, **options: Any
+) -> tuple[Any, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     made = (torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES)
     params = [torch.nn.Parameter(tensor) for tensor in made]
     for p in params:
         p.grad = torch.zeros_like(p)
-    return cls(params, weight_decay=0.1, **{"lr": 1e-2} | options), params
+    return cls(params, lr=lr, weight_decay=0.1, **options), params
 
 
 def new_gradients(params: Iterable[Tensor], step: int) -> None:

@@ -17,8 +17,13 @@ from torch import Tensor
 
 Say = Callable[[str, bool | None, str], None]
 MODEL = {
-    **{"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4},
-    **{"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256},
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
 }
 ROWS, TOKENS = 8, 128  # of a step
 ZERO = ("zero2", "zero3", "zero2_offload", "zero3_offload")

@@ -81,12 +81,24 @@ class Setting(NamedTuple):
         steps = FP16_STEPS if precision == "fp16" else STEPS
         runs = self.folder / "runs"
         args = TrainingArguments(  # before the model, which stage 3 cuts as it is loaded
-            **{"output_dir": str(runs), "optim": optim, "optim_args": ",".join([*filter(None, [given]), *own]) or None},
-            **{"learning_rate": rate, "weight_decay": decay, "max_steps": steps, "seed": 0, "logging_steps": 1},
-            **{"per_device_train_batch_size": self.rows, "use_cpu": self.device == "cpu", "report_to": "none"},
-            **{"bf16": precision == "bf16", "fp16": precision == "fp16", "dataloader_pin_memory": self.device != "cpu"},
-            **{"save_strategy": "steps" if saves else "no", "save_steps": steps // 2, "disable_tqdm": True},
-            **({"deepspeed": configuration(config)} if config else {}),
+            output_dir=str(runs),
+            optim=optim,
+            optim_args=",".join([*filter(None, [given]), *own]) or None,
+            learning_rate=rate,
+            weight_decay=decay,
+            max_steps=steps,
+            seed=0,
+            logging_steps=1,
+            per_device_train_batch_size=self.rows,
+            use_cpu=self.device == "cpu",
+            report_to="none",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            dataloader_pin_memory=self.device != "cpu",
+            save_strategy="steps" if saves else "no",
+            save_steps=steps // 2,
+            disable_tqdm=True,
+            deepspeed=configuration(config) if config else None,
         )
         # That attention rounds alike in all runs.
         model = AutoModelForCausalLM.from_pretrained(

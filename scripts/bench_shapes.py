@@ -25,10 +25,18 @@ class Gpt2(NamedTuple):
         """Weights of linear layers lie transposed in GPT-2, as (in, out); the head is the embedding."""
         h = self.hidden
         block = {
-            **{"ln_1.weight": (h,), "ln_1.bias": (h,), "attn.c_attn.weight": (h, 3 * h), "attn.c_attn.bias": (3 * h,)},
-            **{"attn.c_proj.weight": (h, h), "attn.c_proj.bias": (h,), "ln_2.weight": (h,), "ln_2.bias": (h,)},
-            **{"mlp.c_fc.weight": (h, 4 * h), "mlp.c_fc.bias": (4 * h,)},
-            **{"mlp.c_proj.weight": (4 * h, h), "mlp.c_proj.bias": (h,)},
+            "ln_1.weight": (h,),
+            "ln_1.bias": (h,),
+            "attn.c_attn.weight": (h, 3 * h),
+            "attn.c_attn.bias": (3 * h,),
+            "attn.c_proj.weight": (h, h),
+            "attn.c_proj.bias": (h,),
+            "ln_2.weight": (h,),
+            "ln_2.bias": (h,),
+            "mlp.c_fc.weight": (h, 4 * h),
+            "mlp.c_fc.bias": (4 * h,),
+            "mlp.c_proj.weight": (4 * h, h),
+            "mlp.c_proj.bias": (h,),
         }
         found = {"wte.weight": (self.vocabulary, h), "wpe.weight": (self.positions, h)}
         found |= {f"h.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()}
@@ -48,11 +56,15 @@ class Llama(NamedTuple):
         """With a tied head."""
         h, kv = self.hidden, self.hidden // self.heads * self.key_value_heads
         block = {
-            **{"self_attn.q_proj.weight": (h, h), "self_attn.k_proj.weight": (kv, h)},
-            **{"self_attn.v_proj.weight": (kv, h), "self_attn.o_proj.weight": (h, h)},
-            **{"mlp.gate_proj.weight": (self.inner, h), "mlp.up_proj.weight": (self.inner, h)},
-            **{"mlp.down_proj.weight": (h, self.inner)},
-            **{"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)},
+            "self_attn.q_proj.weight": (h, h),
+            "self_attn.k_proj.weight": (kv, h),
+            "self_attn.v_proj.weight": (kv, h),
+            "self_attn.o_proj.weight": (h, h),
+            "mlp.gate_proj.weight": (self.inner, h),
+            "mlp.up_proj.weight": (self.inner, h),
+            "mlp.down_proj.weight": (h, self.inner),
+            "input_layernorm.weight": (h,),
+            "post_attention_layernorm.weight": (h,),
         }
         found = {"embed_tokens.weight": (self.vocabulary, h)}
         found |= {f"layers.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()}

@@ -36,15 +36,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    some = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument(
-        "--model", default=["gpt2-124m"], **some, help=f"{', '.join(MODELS)}, or N*ROWSxCOLUMNS,... (gpt2-124m)"
+        "--model",
+        default=["gpt2-124m"],
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}, or N*ROWSxCOLUMNS,... (gpt2-124m)",
     )
     parser.add_argument("--dtype", default=["fp32"], nargs="+", choices=["fp32", "bf16"], help="of all tensors (fp32)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", help="of a process (all cores)")
     parser.add_argument("--family", default=list(FAMILIES), nargs="+", choices=FAMILIES, help="(both)")
-    parser.add_argument("--candidates", **some, help="besides the baselines (all; --list names them)")
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="NAME", help="besides the baselines (all; --list names them)"
+    )
     parser.add_argument("--pairs", type=int, default=100, help="rounds, and so ratios (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1800, help="no round of a run begins later (%(default)s)")
     parser.add_argument("--memory", default="auto", choices=["auto", "own", "shared"], help="tensors (%(default)s)")
@@ -124,13 +129,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "host_seconds": [float(f"{value:.4g}") for value in times.host[name]] if device == "cuda" else None,
         }
     return {
-        **{"model": args.model[0], "dtype": args.dtype[0], "device": device, "threads": args.threads[0]},
-        **{"family": family, "tensors": len(parameters), "parameters": elements(parameters)},
-        **{"least_aspect": least_aspect(parameters), "largest_aspect": largest_aspect(parameters)},
-        **{"baseline": baseline, "rounds": same.count, "memory": "shared" if chosen.shared else "own"},
-        **{"load": [load, os.getloadavg()], "machine": machine(device, "deepspeed"), "product_tflops": rate},
+        "model": args.model[0],
+        "dtype": args.dtype[0],
+        "device": device,
+        "threads": args.threads[0],
+        "family": family,
+        "tensors": len(parameters),
+        "parameters": elements(parameters),
+        "least_aspect": least_aspect(parameters),
+        "largest_aspect": largest_aspect(parameters),
+        "baseline": baseline,
+        "rounds": same.count,
+        "memory": "shared" if chosen.shared else "own",
+        "load": [load, os.getloadavg()],
+        "machine": machine(device, "deepspeed"),
+        "product_tflops": rate,
         "same": {**same._asdict(), "conclusive": conclusive(same)},
-        **{"candidates": found, "left_out": chosen.left_out},
+        "candidates": found,
+        "left_out": chosen.left_out,
     }
 
 

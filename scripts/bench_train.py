@@ -46,9 +46,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     small = ROOT / "configs/models/llama-1m.json"
     parser.add_argument("--config_name", type=Path, default=small, help="of the model (llama-1m.json)")
     parser.add_argument(
-        "--optimizers", nargs="+", metavar="NAME[:OPTIM_ARGS]", default=OPTIMIZERS,
+        "--optimizers",
+        nargs="+",
+        metavar="NAME[:OPTIM_ARGS]",
+        default=OPTIMIZERS,
         help=f"values of --optim; the first is the baseline ({' '.join(OPTIMIZERS)})",
-    )  # fmt: skip
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="autocast, as the Trainer's flag")
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a step (%(default)s)")
@@ -114,12 +117,24 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
     optim, _, optim_args = name.partition(":")
     every, batch = options.get("logging_steps", 0), options["batch_size"]
     training = TrainingArguments(
-        **{"output_dir": folder, "optim": optim, "optim_args": optim_args or None, "bf16": options["bf16"]},
-        **{"max_steps": warmup + steps, "per_device_train_batch_size": batch, "seed": 0, "use_cpu": device == "cpu"},
-        **{"learning_rate": options.get("learning_rate", 3e-4), "weight_decay": 0.1, "save_strategy": "no"},
-        **{"logging_strategy": "steps" if every else "no", "logging_steps": every or 500, "logging_first_step": True},
-        **{"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": device == "cuda"},
-        **({"deepspeed": deepspeed_config(options.get("deepspeed"), optim)} if options.get("deepspeed") else {}),
+        output_dir=folder,
+        optim=optim,
+        optim_args=optim_args or None,
+        bf16=options["bf16"],
+        max_steps=warmup + steps,
+        per_device_train_batch_size=batch,
+        seed=0,
+        use_cpu=device == "cpu",
+        learning_rate=options.get("learning_rate", 3e-4),
+        weight_decay=0.1,
+        save_strategy="no",
+        logging_strategy="steps" if every else "no",
+        logging_steps=every or 500,
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=device == "cuda",
+        deepspeed=deepspeed_config(options["deepspeed"], optim) if options.get("deepspeed") else None,
     )
     watch, peak = stopwatch(device, warmup, warmup + steps), Peak(device)
     gc.collect()
@@ -210,10 +225,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found[name]["ratio"] = paired(times[name], times[baseline])._asdict()
     given["deepspeed"] = args.deepspeed.name if args.deepspeed else None
     return {
-        **{"config": args.config_name.name, "device": device, "threads": torch.get_num_threads(), **given},
+        "config": args.config_name.name,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        **given,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        **{"steps": args.steps, "rounds": same.count, "baseline": baseline, "load": [load, os.getloadavg()]},
-        **{"machine": machine(device, "transformers", "accelerate"), "left_out": left_out, "optimizers": found},
+        "steps": args.steps,
+        "rounds": same.count,
+        "baseline": baseline,
+        "load": [load, os.getloadavg()],
+        "machine": machine(device, "transformers", "accelerate"),
+        "left_out": left_out,
+        "optimizers": found,
         "same": {**same._asdict(), "conclusive": conclusive(same)},
     }
 

@@ -30,8 +30,13 @@ STEPS = 8
 ROWS = 12  # three steps of two ranks: a run goes over the ends of epochs, and is resumed within one
 LONGEST = 100  # seconds that a run may take: gloo can stand still for ever where a rank was killed
 MODEL = {
-    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32},
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
 }
 
 
@@ -89,14 +94,25 @@ def trainer_of(
     elif "fsdp" in layout.arguments:
         cpu_ranks.switch_on()
     defaults = {
-        **{"use_cpu": True, "max_steps": steps, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
-        **{"optim": "cwd_adamw", "weight_decay": 0.1, "lr_scheduler_type": "constant", "logging_steps": 1},
-        **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "report_to": "none"},
-        **{"disable_tqdm": True, "dataloader_pin_memory": False, "ddp_timeout": 60},
+        "use_cpu": True,
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "optim": "cwd_adamw",
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_timeout": 60,
     }
     if layout.world > 1:
         defaults["ddp_backend"] = "gloo"
-    args = CWDTrainingArguments(output_dir=str(folder), **{**defaults, **layout.arguments, **options})
+    args = CWDTrainingArguments(output_dir=str(folder), **(defaults | layout.arguments | options))
     tokens = torch.randint(0, 64, (ROWS, 8), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     return kind(model=(model or tiny_llama)(), args=args, train_dataset=rows)

@@ -96,10 +96,14 @@ def stated(path):
         "adamw": {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.95), "eps": eps},
         "lion": {"lr": pytest.approx(lr / 5), "weight_decay": pytest.approx(weight_decay * 5), "betas": (0.9, 0.95)},
         "muon": {
-            "lr": lr, "weight_decay": weight_decay, "momentum": 0.95, "nesterov": False, "adamw_betas": (0.9, 0.95),
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": 0.95,
+            "nesterov": False,
+            "adamw_betas": (0.9, 0.95),
             "adamw_eps": eps,
         },
-    }[rule]  # fmt: skip
+    }[rule]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -216,7 +220,11 @@ def test_accelerate_starts_as_many_processes_as_the_file_says(name, reports, tmp
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     done = subprocess.run(
         [*launcher, f"configs/accelerate/{name}.yaml", "-m", "hf_cwd", str(tmp_path / "probe.py"), *flags],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.read_text() for path in sorted(tmp_path.glob("rank-*"))] == reports

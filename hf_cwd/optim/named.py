@@ -128,11 +128,24 @@ class CWDMuon(CWDOptimizer):
     ) -> None:
         companion = {"betas": adamw_betas, "eps": adamw_eps} | ({} if adamw_lr is None else {"lr": adamw_lr})
         super().__init__(
-            params, lr, algorithm="muon", companions={"adamw": companion}, momentum=momentum, nesterov=nesterov,
-            ns_coefficients=ns_coefficients, ns_steps=ns_steps, ns=ns, ns_dtype=ns_dtype,
-            eps=eps, adjust_lr_fn=adjust_lr_fn, share=share, exchange_bytes=exchange_bytes,
-            process_group=process_group, weight_decay=weight_decay, **options,
-        )  # fmt: skip
+            params,
+            lr,
+            algorithm="muon",
+            companions={"adamw": companion},
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            ns_steps=ns_steps,
+            ns=ns,
+            ns_dtype=ns_dtype,
+            eps=eps,
+            adjust_lr_fn=adjust_lr_fn,
+            share=share,
+            exchange_bytes=exchange_bytes,
+            process_group=process_group,
+            weight_decay=weight_decay,
+            **options,
+        )
 
 
 class CWDSGD(CWDOptimizer):
@@ -169,6 +182,13 @@ class CWDSGD(CWDOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
-            params, lr, algorithm="sgd", momentum=momentum, dampening=dampening, nesterov=nesterov, ema=ema,
-            weight_decay=weight_decay, **options,
-        )  # fmt: skip
+            params,
+            lr,
+            algorithm="sgd",
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            ema=ema,
+            weight_decay=weight_decay,
+            **options,
+        )

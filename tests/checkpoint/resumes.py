@@ -133,8 +133,13 @@ def one(folder: Path, cell: Cell, kind: type[Trainer], seed: int, flags: list[st
     variation, resume = VARIATIONS[cell.variation], given.resume_from_checkpoint
     wanted = {"momentum": 0.9, **variation.optim_args}
     choices = {
-        **{"optim": f"cwd_{cell.rule}", "save_steps": SAVED, "save_total_limit": None, "lr_scheduler_type": "linear"},
-        **{"resume_from_checkpoint": resume, "ignore_data_skip": given.ignore_data_skip, **variation.arguments},
+        "optim": f"cwd_{cell.rule}",
+        "save_steps": SAVED,
+        "save_total_limit": None,
+        "lr_scheduler_type": "linear",
+        "resume_from_checkpoint": resume,
+        "ignore_data_skip": given.ignore_data_skip,
+        **variation.arguments,
         "cwd_verify": given.cwd_verify,
         "optim_args": ",".join(f"{key}={value}" for key, value in wanted.items() if key in options(cell.rule)),
     }

@@ -36,11 +36,20 @@ def train(folder, *, optim="cwd_adamw", kind=Trainer, resume=None, lora=False, *
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     defaults = {
-        **{"output_dir": str(folder), "use_cpu": True, "max_steps": STEPS, "per_device_train_batch_size": 2},
-        **{"learning_rate": 1e-2, "weight_decay": 0.1, "logging_steps": 1, "report_to": "none", "disable_tqdm": True},
-        **{"save_strategy": "steps", "save_steps": 2, "dataloader_pin_memory": False},
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "dataloader_pin_memory": False,
     }
-    args = CWDTrainingArguments(optim=optim, **{**defaults, **options})
+    args = CWDTrainingArguments(optim=optim, **(defaults | options))
     trainer = kind(model=model, args=args, train_dataset=tiny_data(), eval_dataset=tiny_data(4))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -176,10 +185,22 @@ CASES = [
     Case("without a manifest", bare()),
     Case("without a manifest, with notes", bare(tokens)),
     # What differs is named with its reason.
-    Case("other weights beside adapters", write("model.safetensors"), r"model\.safetensors is not of this", saved=LORA,
-         options=LORA, kinds=(CWDTrainer,)),
-    Case("another adapter below one", both(write("old/adapter_model.bin"), write("old/adapter_config.json")),
-         r"old/adapter_config\.json is not of this checkpoint", saved=LORA, options=LORA, kinds=(CWDTrainer,)),
+    Case(
+        "other weights beside adapters",
+        write("model.safetensors"),
+        r"model\.safetensors is not of this",
+        saved=LORA,
+        options=LORA,
+        kinds=(CWDTrainer,),
+    ),
+    Case(
+        "another adapter below one",
+        both(write("old/adapter_model.bin"), write("old/adapter_config.json")),
+        r"old/adapter_config\.json is not of this checkpoint",
+        saved=LORA,
+        options=LORA,
+        kinds=(CWDTrainer,),
+    ),
     Case("shards", in_shards, r"its weights were written again after it was saved, as model-00001-of.*" + AS_IT_IS),
     Case("shards, as they are", in_shards, options={"optim_args": OFF}),
     Case("shards, as they are, by the field", in_shards, options={"cwd_verify": "off"}),
@@ -189,12 +210,24 @@ CASES = [
     Case("state edited, as it is", state(log_history=[]), options={"optim_args": OFF}),
     Case("the step edited", step_of_the_same_length, r"checkpoint-4 is not what was saved: trainer_state\.json was"),
     Case("states cut", cut("optimizer.pt"), r"optimizer\.pt has 100 bytes instead of \d+: it was cut off"),
-    Case("weights cut", cut("model.safetensors"), r"safetensors has 100 bytes instead of \d+: it was cut off",
-         kinds=(CWDTrainer,)),
-    Case("weights cut, a path given", cut("model.safetensors"), "Error while deserializing", kinds=(Trainer,),
-         error=SafetensorError),
-    Case("states not fetched", write("optimizer.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
-         r"optimizer\.pt has .*: it is a Git LFS pointer, and git lfs pull fetches the file"),
+    Case(
+        "weights cut",
+        cut("model.safetensors"),
+        r"safetensors has 100 bytes instead of \d+: it was cut off",
+        kinds=(CWDTrainer,),
+    ),
+    Case(
+        "weights cut, a path given",
+        cut("model.safetensors"),
+        "Error while deserializing",
+        kinds=(Trainer,),
+        error=SafetensorError,
+    ),
+    Case(
+        "states not fetched",
+        write("optimizer.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+        r"optimizer\.pt has .*: it is a Git LFS pointer, and git lfs pull fetches the file",
+    ),
     Case("no states", remove("optimizer.pt"), r"optimizer\.pt is missing"),
     Case("no schedule", remove("scheduler.pt"), r"scheduler\.pt is missing"),
     Case("no random numbers", remove("rng_state.pth"), r"rng_state\.pth is missing"),
@@ -204,41 +237,92 @@ CASES = [
     Case("an older manifest, as it is", of_format(1), options={"optim_args": OFF}),
     # Without a manifest what can be seen is seen.
     Case("no trainer_state.json", bare(remove("trainer_state.json")), r"has no trainer_state\.json:", (CWDTrainer,)),
-    Case("a state that is a list", bare(write("trainer_state.json", "[]")), r"trainer_state\.json that can be read",
-         (CWDTrainer,)),
-    Case("a state without a step", bare(state(global_step=0)), r"no trainer_state\.json with the number of a step",
-         (CWDTrainer,)),
-    Case("a shard is lost", bare(in_shards, remove("model-00002-of-00002.safetensors")),
-         r"index\.json names model-00002-of-00002\.safetensors, which is missing", (CWDTrainer,)),
-    Case("an index that is none", bare(in_shards, write("model.safetensors.index.json")),
-         r"is damaged: model\.safetensors\.index\.json cannot be read", (CWDTrainer,)),
-    Case("a pointer", bare(write("scheduler.pt", "version https://git-lfs.github.com/spec/v1\n")),
-         r"is damaged: scheduler\.pt is a Git LFS pointer", (CWDTrainer,)),
+    Case(
+        "a state that is a list",
+        bare(write("trainer_state.json", "[]")),
+        r"trainer_state\.json that can be read",
+        (CWDTrainer,),
+    ),
+    Case(
+        "a state without a step",
+        bare(state(global_step=0)),
+        r"no trainer_state\.json with the number of a step",
+        (CWDTrainer,),
+    ),
+    Case(
+        "a shard is lost",
+        bare(in_shards, remove("model-00002-of-00002.safetensors")),
+        r"index\.json names model-00002-of-00002\.safetensors, which is missing",
+        (CWDTrainer,),
+    ),
+    Case(
+        "an index that is none",
+        bare(in_shards, write("model.safetensors.index.json")),
+        r"is damaged: model\.safetensors\.index\.json cannot be read",
+        (CWDTrainer,),
+    ),
+    Case(
+        "a pointer",
+        bare(write("scheduler.pt", "version https://git-lfs.github.com/spec/v1\n")),
+        r"is damaged: scheduler\.pt is a Git LFS pointer",
+        (CWDTrainer,),
+    ),
     Case("states without an end", bare(cut("optimizer.pt")), r"is damaged: optimizer\.pt was cut off", (CWDTrainer,)),
     Case("no schedule, no manifest", bare(remove("scheduler.pt")), "has no schedule", (CWDTrainer,)),
-    Case("no states, no manifest", bare(remove("optimizer.pt")), r"needs both optimizer\.pt and scheduler\.pt",
-         (Trainer,), error=RuntimeError),
+    Case(
+        "no states, no manifest",
+        bare(remove("optimizer.pt")),
+        r"needs both optimizer\.pt and scheduler\.pt",
+        (Trainer,),
+        error=RuntimeError,
+    ),
     # Weights alone, and new states on demand.
-    Case("save_only_model", lambda path: None, "saved with save_only_model and has no.* With --optim_args on_rule",
-         saved=ONLY),
-    Case("save_only_model, anew", lambda path: None, saved=ONLY, options={"optim_args": RESET},
-         logged=NEW_STATES + "the checkpoint holds no optimizer state"),
+    Case(
+        "save_only_model",
+        lambda path: None,
+        "saved with save_only_model and has no.* With --optim_args on_rule",
+        saved=ONLY,
+    ),
+    Case(
+        "save_only_model, anew",
+        lambda path: None,
+        saved=ONLY,
+        options={"optim_args": RESET},
+        logged=NEW_STATES + "the checkpoint holds no optimizer state",
+    ),
     Case("save_only_model, no manifest", bare(), NO_STATES, (CWDTrainer,), saved=ONLY),
     Case("save_only_model, no manifest, anew", bare(), saved=ONLY, options={"optim_args": RESET}, logged=NEW_STATES),
-    Case("save_only_model of LoRA, anew", lambda path: None, saved={**ONLY, **LORA}, logged=NEW_STATES,
-         options={**LORA, "optim_args": RESET}),
+    Case(
+        "save_only_model of LoRA, anew",
+        lambda path: None,
+        saved={**ONLY, **LORA},
+        logged=NEW_STATES,
+        options={**LORA, "optim_args": RESET},
+    ),
     Case("no states, anew", remove("optimizer.pt"), options={"optim_args": RESET}, logged=NEW_STATES),
-    Case("no states and no schedule, anew", remove("optimizer.pt", "scheduler.pt"), options={"optim_args": RESET},
-         logged=NEW_STATES),
+    Case(
+        "no states and no schedule, anew",
+        remove("optimizer.pt", "scheduler.pt"),
+        options={"optim_args": RESET},
+        logged=NEW_STATES,
+    ),
     Case("no schedule, anew", remove("scheduler.pt"), options={"optim_args": RESET}, logged=NEW_STATES),
     Case("cut states, anew", cut("optimizer.pt"), r"optimizer\.pt has 100 bytes", options={"optim_args": RESET}),
     Case("nothing amiss, anew", lambda path: None, options={"optim_args": RESET}),
-    Case("a plateau cannot follow", remove("optimizer.pt", "scheduler.pt"), "cannot continue a ReduceLROnPlateau",
-         options={"optim_args": RESET, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-         error=ValueError),
-    Case("a schedule of another kind", both(bare(), lambda path: torch.save({"best": 1.0}, path / "scheduler.pt")),
-         "schedule is of another type: continue with the --lr_scheduler_type that saved it", error=ValueError),
-]  # fmt: skip
+    Case(
+        "a plateau cannot follow",
+        remove("optimizer.pt", "scheduler.pt"),
+        "cannot continue a ReduceLROnPlateau",
+        options={"optim_args": RESET, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        error=ValueError,
+    ),
+    Case(
+        "a schedule of another kind",
+        both(bare(), lambda path: torch.save({"best": 1.0}, path / "scheduler.pt")),
+        "schedule is of another type: continue with the --lr_scheduler_type that saved it",
+        error=ValueError,
+    ),
+]
 
 
 # --- other rules: refused with both named, begun anew on demand
@@ -303,7 +387,7 @@ RULES = [
     ("a projector", ADAMW, states(lambda s, m: s.update(projector=Projector())), "cwd_adamw", None),
     ("more groups", ADAMW, more_groups, "cwd_adamw", "the saved optimizer has 3 parameter groups, this one 2"),
     ("low rank", ADAMW, states(lambda s, m: s.update(exp_avg=m[:1])), "cwd_adamw", r"saved exp_avg of .* has shape"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "options", "act", "optim", "said"), RULES, ids=[rule[0] for rule in RULES])

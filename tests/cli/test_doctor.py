@@ -27,9 +27,12 @@ def run(folder, *flags, **environment):
     folder.mkdir()
     return subprocess.run(
         [sys.executable, "-c", "import sys; from hf_cwd.cli import main; sys.exit(main())", "doctor", *flags],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
 
 
 def test_a_whole_environment(tmp_path):

@@ -183,7 +183,7 @@ def test_ranks_are_folded(explained, monkeypatch, tmp_path):
 
 
 def test_no_exchange_for_element_wise_rules(explained, tmp_path):
-    LlamaConfig(**{**TINY, "num_key_value_heads": 2}).save_pretrained(tmp_path)
+    LlamaConfig(**(TINY | {"num_key_value_heads": 2})).save_pretrained(tmp_path)
     lines = explained(tmp_path, "--optim", "cwd_lion", "--layout", "fsdp2=2,tp=2")
     assert list(ranks(lines)) == ["0-3"]
     assert lines[-1].startswith("cwd_lion is element-wise: each rank steps what it holds")
@@ -247,7 +247,7 @@ def test_wrong_use(arguments, message, monkeypatch, capsys, tmp_path):
 
 
 def test_without_a_matrix(monkeypatch, capsys, tmp_path):
-    config = AutoConfig.for_model("llama", **{**TINY, "num_hidden_layers": 0}, architectures=["LlamaForCausalLM"])
+    config = AutoConfig.for_model("llama", **(TINY | {"num_hidden_layers": 0}), architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["hf-cwd", "explain", str(tmp_path)])
     with pytest.raises(SystemExit):

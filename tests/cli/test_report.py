@@ -21,13 +21,29 @@ def command(monkeypatch, *arguments):
 
 def train(folder, seed, **options):
     args = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, max_steps=6, logging_steps=1, eval_strategy="steps", eval_steps=3,
-        save_steps=3, report_to="none", disable_tqdm=True, optim="cwd_adamw", learning_rate=1e-2, weight_decay=0.5,
-        seed=seed, per_device_train_batch_size=4, include_num_input_tokens_seen="all", **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=6,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=3,
+        report_to="none",
+        disable_tqdm=True,
+        optim="cwd_adamw",
+        learning_rate=1e-2,
+        weight_decay=0.5,
+        seed=seed,
+        per_device_train_batch_size=4,
+        include_num_input_tokens_seen="all",
+        **options,
+    )
     trainer = Trainer(
-        model=tiny_llama(seed), args=args, train_dataset=tiny_data(), eval_dataset=tiny_data(8),
-    )  # fmt: skip
+        model=tiny_llama(seed),
+        args=args,
+        train_dataset=tiny_data(),
+        eval_dataset=tiny_data(8),
+    )
     trainer.train()
     return trainer
 
@@ -42,10 +58,19 @@ def test_runs_of_the_trainer(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{tmp_path}/out/report.html\n"
     text = (tmp_path / "out/report.html").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "report.html", "loss.png", "eval_loss.png", "cwd_decayed_fraction.png", "grad_norm.png", "learning_rate.png",
-        "cwd_effective_decay.png", "cwd_update_to_weight.png", "cwd_update_rms.png", "cwd_weight_rms.png",
-        "train_tokens_per_second.png", "num_input_tokens_seen.png",
-    }  # fmt: skip
+        "report.html",
+        "loss.png",
+        "eval_loss.png",
+        "cwd_decayed_fraction.png",
+        "grad_norm.png",
+        "learning_rate.png",
+        "cwd_effective_decay.png",
+        "cwd_update_to_weight.png",
+        "cwd_update_rms.png",
+        "cwd_weight_rms.png",
+        "train_tokens_per_second.png",
+        "num_input_tokens_seen.png",
+    }
     ends = {}
     for name in ("plain-seed1", "plain-seed2", "cwd-seed1", "cwd-seed2"):
         states = [*(tmp_path / "runs" / name).glob("trainer_state.json"), tmp_path / "runs" / name / "checkpoint-6"]

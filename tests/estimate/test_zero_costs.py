@@ -91,7 +91,7 @@ def step_costs(model, layout, *, dtype=torch.float32, rule="muon", device="cpu",
 
 def tiny(**changes):
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+        return LlamaForCausalLM(LlamaConfig(**(TINY | changes)))
 
 
 @pytest.mark.parametrize("world", [2, 4, 8, 16])

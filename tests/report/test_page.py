@@ -43,9 +43,16 @@ def test_means_and_intervals_of_two_settings(make_run, tmp_path):
 
 def test_one_page_that_refers_to_nothing_outside(make_run, tmp_path):
     history = [
-        {"step": s, "loss": 3.0 - s / 50, "grad_norm": 1.0, "learning_rate": 1e-3, "cwd/decayed_fraction": 0.4,
-         "cwd/update_to_weight": 1e-3} for s in range(1, 41)
-    ]  # fmt: skip
+        {
+            "step": s,
+            "loss": 3.0 - s / 50,
+            "grad_norm": 1.0,
+            "learning_rate": 1e-3,
+            "cwd/decayed_fraction": 0.4,
+            "cwd/update_to_weight": 1e-3,
+        }
+        for s in range(1, 41)
+    ]
     history += logged({20: 2.5, 40: 2.2}, "eval_loss")
     paths = [make_run(name, history) for name in ("one", "two", HOSTILE)]
     text, parsed = written(paths, tmp_path / "out")
@@ -75,8 +82,10 @@ def test_colours_and_dashes_follow_the_page(make_run, tmp_path):
     drawn = text[text.index("<figure>") :]
     assert not any(colour in drawn for colour in (*svg.COLOURS, svg.INK))
     assert set(re.findall(r"var\(--s(\d)\)", drawn)) == set("0123456")
-    pens = {(tuple(p["linestyle"][1]) if p["linestyle"] != "-" else (), p["color"])
-            for p in (svg.pen(i, thick=True) for i in range(svg.PENS))}  # fmt: skip
+    pens = {
+        (tuple(p["linestyle"][1]) if p["linestyle"] != "-" else (), p["color"])
+        for p in (svg.pen(i, thick=True) for i in range(svg.PENS))
+    }
     assert len(pens) == svg.PENS == 28
 
 

@@ -45,8 +45,11 @@ def test_a_group_that_is_all_of_a_rule_is_not_shown_again():
 def test_a_rule_that_is_the_whole_is_not_shown_again():
     history = [{"step": 1, **of("cwd", 0.5), **of("cwd/lion", 0.5), **of("cwd/group_0", 0.4), **of("cwd/group_1", 0.6)}]
     assert {key.split("/")[1] for key in without_repetitions(by_key(history))} == {
-        "decayed_fraction", "update_rms", "group_0", "group_1",
-    }  # fmt: skip
+        "decayed_fraction",
+        "update_rms",
+        "group_0",
+        "group_1",
+    }
 
 
 def test_parts_have_rows_of_charts_after_all_others(make_run):
@@ -54,9 +57,14 @@ def test_parts_have_rows_of_charts_after_all_others(make_run):
     rows = [chart.key for chart in found if chart.row]
     assert [chart.key for chart in found[-len(rows) :]] == rows
     assert rows == [
-        "cwd/muon/decayed_fraction", "cwd/adamw/decayed_fraction", "cwd/group_1/decayed_fraction",
-        "cwd/muon/update_rms", "cwd/adamw/update_rms", "cwd/group_1/update_rms", "cwd/group_2/update_rms",
-    ]  # fmt: skip
+        "cwd/muon/decayed_fraction",
+        "cwd/adamw/decayed_fraction",
+        "cwd/group_1/decayed_fraction",
+        "cwd/muon/update_rms",
+        "cwd/adamw/update_rms",
+        "cwd/group_1/update_rms",
+        "cwd/group_2/update_rms",
+    ]
     assert found[-1].row == tuple(rows[3:])
 
 
@@ -64,8 +72,14 @@ def test_parts_on_the_page(make_run, tmp_path):
     text, parsed = written([make_run("plain", logged({5: 2.0})), make_run("muon", muon_history())], tmp_path / "out")
     of_parts = text[text.index('<h2 id="by-rule-and-group">') : text.index('<h2 id="settings">')]
     assert re.findall("<h4>(.*?)</h4>", of_parts) == [
-        "Muon", "AdamW", "Parameter group 1", "Muon", "AdamW", "Parameter group 1", "Parameter group 2",
-    ]  # fmt: skip
+        "Muon",
+        "AdamW",
+        "Parameter group 1",
+        "Muon",
+        "AdamW",
+        "Parameter group 1",
+        "Parameter group 2",
+    ]
     legend = of_parts[of_parts.index("<ul") : of_parts.index("</ul>")]
     assert "muon" in legend
     assert "plain" not in legend  # it has nothing there
@@ -84,8 +98,17 @@ def test_without_parts_there_is_no_section_of_them(make_run, tmp_path):
 
 
 def test_figures_of_decay_and_updates_are_of_the_whole(make_run):
-    history = [{"step": s, "cwd/effective_decay": 1e-3 * s, "cwd/skipped_steps": s - 1, **of("cwd/muon", 0.1),
-                "cwd/weight_rms": float(s), "cwd/step": s} for s in range(1, 5)]  # fmt: skip
+    history = [
+        {
+            "step": s,
+            "cwd/effective_decay": 1e-3 * s,
+            "cwd/skipped_steps": s - 1,
+            **of("cwd/muon", 0.1),
+            "cwd/weight_rms": float(s),
+            "cwd/step": s,
+        }
+        for s in range(1, 5)
+    ]
     found = {
         f.label: f.format.text(f.values[0]) for f in figures(read([make_run("run", history)])) if f.about == "updates"
     }

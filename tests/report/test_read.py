@@ -75,9 +75,13 @@ def test_settings_of_the_record_the_state_and_the_config(make_run):
     assert run.recorded
     assert run.seed == 3
     assert run.settings.values == {
-        "learning_rate": 1e-3, "seed": 3, "betas": "[0.9, 0.95]", "train_batch_size": 8, "max_steps": 1,
+        "learning_rate": 1e-3,
+        "seed": 3,
+        "betas": "[0.9, 0.95]",
+        "train_batch_size": 8,
+        "max_steps": 1,
         "model.hidden_size": 32,
-    }  # fmt: skip
+    }
 
 
 def test_settings_of_the_same_name_keep_their_prefix(make_run):
@@ -111,8 +115,11 @@ def test_runs_that_differ_only_in_their_seed_by_their_names(make_run):
     names = ("lion-seed1", "lion-seed2", "muon/s1", "muon/s2", "adamw1", "adamw2")
     groups = seed_groups(read([make_run(name, []) for name in names]))
     assert [(group.label, group.members) for group in groups] == [
-        ("lion", [0, 1]), ("muon", [2, 3]), ("adamw1", [4]), ("adamw2", [5]),
-    ]  # fmt: skip
+        ("lion", [0, 1]),
+        ("muon", [2, 3]),
+        ("adamw1", [4]),
+        ("adamw2", [5]),
+    ]
 
 
 def test_a_resumed_run_says_so_and_keeps_the_later_entries(make_run):

@@ -22,8 +22,10 @@ def changed(**arguments):
 
 def folds(text):
     """The summaries of what is folded away, and whether it is open."""
-    return {part.split("</summary>")[0].split("<summary>")[1]: part.startswith(" open")
-            for part in text.split("<details")[1:]}  # fmt: skip
+    return {
+        part.split("</summary>")[0].split("<summary>")[1]: part.startswith(" open")
+        for part in text.split("<details")[1:]
+    }
 
 
 def test_names_and_sections_of_a_record(make_run):

@@ -316,7 +316,7 @@ PLAIN = {
         ),
         "roi_heads.box_head.2 roi_heads.box_predictor.cls_score roi_heads.box_predictor.bbox_pred",
     ),
-}  # fmt: skip
+}
 
 
 def raw_input(layer):
@@ -447,7 +447,7 @@ COMPOSED = {
         {"a.classifier", "b.lm_head"},
     ),
     "list": ({"models": lambda: ModuleList([tiny_llama(), tiny_llama()])}, {"models.0.lm_head", "models.1.lm_head"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMPOSED)

@@ -51,7 +51,7 @@ def scaled_decay(x, u, *, lr, scale=1.0, **rest):
 
 def after_the_update(x, u, *, weight_decay, **rest):
     true_step(x, u, weight_decay=0.0, **rest)
-    true_step(x, u, weight_decay=weight_decay, **{**rest, "scale": 0.0})
+    true_step(x, u, weight_decay=weight_decay, **(rest | {"scale": 0.0}))
 
 
 def without_lr(x, u, *, lr, weight_decay, **rest):

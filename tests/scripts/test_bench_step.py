@@ -22,8 +22,12 @@ TINY = "2*16x16,1*8x32,3*24"
 def llama(vocabulary, hidden, inner, layers, heads, key_value_heads):
     return LlamaForCausalLM(
         LlamaConfig(
-            **{"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner},
-            **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_value_heads},
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
             tie_word_embeddings=True,
         )
     )

@@ -74,7 +74,7 @@ def bad(digits):
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
 def test_mistakes(digits, image_flags, refused, changes, message):
     changes = {k: v.format(digits=digits, root=ROOT) if isinstance(v, str) else v for k, v in changes.items()}
-    assert re.search(message, refused(classify_images, image_flags(**{"output_dir": digits / "mistakes", **changes})))
+    assert re.search(message, refused(classify_images, image_flags(**({"output_dir": digits / "mistakes"} | changes))))
 
 
 def test_overrides_belong_to_a_config(image_flags):

@@ -77,9 +77,13 @@ def test_text_field_directory_and_file_of_arguments(arguments, texts, tmp_path):
     parts = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:3])}
     DatasetDict(parts).save_to_disk(tmp_path / "data")
     argv = arguments(
-        train_file=None, dataset_name=tmp_path / "data", dataset_text_field="body", output_dir=tmp_path / "out",
-        save_strategy="no", max_eval_samples=2,
-    )  # fmt: skip
+        train_file=None,
+        dataset_name=tmp_path / "data",
+        dataset_text_field="body",
+        output_dir=tmp_path / "out",
+        save_strategy="no",
+        max_eval_samples=2,
+    )
     lines = [f"{key.removeprefix('--')}: {value}" for key, value in zip(argv[::2], argv[1::2], strict=True)]
     lines += ["use_peft: true", "lora_target_modules: [q_proj, v_proj]", "eval_on_start: true"]
     (tmp_path / "args.yaml").write_text("\n".join(lines))

@@ -42,7 +42,7 @@ ERRORS = {
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
 def test_mistakes(arguments, monkeypatch, refused, tmp_path, changes, message):
     monkeypatch.setattr(finetune, "load_model", None)  # so that the model cannot have been loaded
-    assert re.search(message, refused(finetune, arguments(**{"output_dir": tmp_path, **changes})))
+    assert re.search(message, refused(finetune, arguments(**({"output_dir": tmp_path} | changes))))
 
 
 ROWS = {

@@ -161,9 +161,14 @@ def test_two_processes(trained, workspace, flags):
     """Two ranks agree with one on tokenizer, blocks and metrics, and count the tokens of both."""
     output = workspace / "two"
     argv = flags(
-        output_dir=output, config_name=None, model_name_or_path=trained[0], learning_rate=0, max_steps=2,
-        save_strategy="no", ddp_backend="gloo",
-    )  # fmt: skip
+        output_dir=output,
+        config_name=None,
+        model_name_or_path=trained[0],
+        learning_rate=0,
+        max_steps=2,
+        save_strategy="no",
+        ddp_backend="gloo",
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

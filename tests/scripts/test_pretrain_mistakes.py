@@ -101,7 +101,7 @@ ERRORS = {
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
 def test_mistakes(workspace, flags, refused, changes, message):
     output = workspace / "mistakes"
-    assert re.search(message, refused(pretrain, flags(**{"output_dir": output, **changes})))
+    assert re.search(message, refused(pretrain, flags(**({"output_dir": output} | changes))))
     assert not list(output.glob("checkpoint-*"))
 
 

@@ -183,8 +183,12 @@ def test_summary_counts_training_time_and_final_losses(tmp_path):
     history = [*losses[:10], evaluations[0], *losses[10:], evaluations[1], end, evaluations[2]]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     metrics = {
-        "train_tokens": 1200, "eval_loss": 1.0, "perplexity": 2.7, "eval_token_accuracy": 0.5, "num_parameters": 7,
-    }  # fmt: skip
+        "train_tokens": 1200,
+        "eval_loss": 1.0,
+        "perplexity": 2.7,
+        "eval_token_accuracy": 0.5,
+        "num_parameters": 7,
+    }
     summary = compare.summarise(*read([tmp_path]), metrics, plain=False)
     assert summary["train_loss"] == 10.5  # the mean of 11 and 10, the last tenth
     assert summary["train_seconds"] == 6.0  # two evaluations on the way, one after training

@@ -82,10 +82,23 @@ CASES = {
 def test_trainer(case, model, rows, tmp_path):
     trainer_class, arguments_class, optim, kind, trainer_options, options = CASES[case]
     arguments = arguments_class(
-        output_dir=str(tmp_path), optim=optim, optim_args="mask=gt", learning_rate=1e-2, weight_decay=0.1,
-        per_device_train_batch_size=8, max_steps=6, lr_scheduler_type="constant", logging_steps=1, bf16=False,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **options,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        optim=optim,
+        optim_args="mask=gt",
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        per_device_train_batch_size=8,
+        max_steps=6,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
     start = Start()
     trainer = trainer_class(
         model=model,

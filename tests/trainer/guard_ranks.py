@@ -31,10 +31,21 @@ def run(folder, world, *, bad, steps=4, **options):
         data = data[: world * BATCH] + data[2 * world * BATCH :]
     with clean_state():
         args = CWDTrainingArguments(
-            output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=BATCH, max_steps=steps,
-            learning_rate=1e-2, weight_decay=0.1, lr_scheduler_type="constant", save_strategy="no", report_to="none",
-            logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, **options,
-        )  # fmt: skip
+            output_dir=str(folder / "out"),
+            use_cpu=True,
+            per_device_train_batch_size=BATCH,
+            max_steps=steps,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **options,
+        )
         trainer = InOrder(model=tiny_llama(), args=args, train_dataset=data)
         trainer.train()
         return {"weights": weights(trainer.model), "skipped": trainer._cwd_guard.skipped}

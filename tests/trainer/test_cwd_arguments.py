@@ -37,7 +37,8 @@ CLASSES = [CWDTrainingArguments, Seq2SeqArguments, SFTArguments, DPOArguments, G
 
 def made(kind, tmp_path, **options):
     """Of TRL's only, bf16 is on by default."""
-    return kind(**{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False, **options})
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False}
+    return kind(**(defaults | options))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -130,7 +131,7 @@ def test_the_same_twice_is_no_contradiction(tmp_path):
 def test_how_checkpoints_are_compared(options, mode, tmp_path):
     assert verify_mode(made(CWDTrainingArguments, tmp_path, **options)) == mode
     if "cwd_verify" not in options:  # as other arguments say it
-        assert verify_mode(TrainingArguments(str(tmp_path), use_cpu=True, **{"optim": "cwd_adamw", **options})) == mode
+        assert verify_mode(TrainingArguments(str(tmp_path), use_cpu=True, **({"optim": "cwd_adamw"} | options))) == mode
 
 
 def test_the_other_order_of_bases():

@@ -42,7 +42,7 @@ def options(tmp_path):
 
 
 def trained(options, data, model=None, kind=InOrder, **changes):
-    trainer = kind(model=model or tiny_llama(), args=CWDTrainingArguments(**{**options, **changes}), train_dataset=data)
+    trainer = kind(model=model or tiny_llama(), args=CWDTrainingArguments(**(options | changes)), train_dataset=data)
     trainer.train()
     return trainer
 
@@ -64,7 +64,7 @@ def test_all_is_well(options, max_grad_norm, not_finite):
     changes = {"optim": "cwd_muon", "max_grad_norm": max_grad_norm, "gradient_accumulation_steps": 2}
     data = tiny_data(64)
     ours = trained(options, data, kind=CWDTrainer, cwd_not_finite=not_finite, **changes)
-    plain = Trainer(model=tiny_llama(), args=TrainingArguments(**{**options, **changes}), train_dataset=data)
+    plain = Trainer(model=tiny_llama(), args=TrainingArguments(**(options | changes)), train_dataset=data)
     plain.train()
     assert_same(ours, plain)
     logs = [
@@ -85,7 +85,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_made(options, algo
         return gradient * math.nan if len(seen) == 3 else gradient
 
     weight.register_hook(broken)
-    args = CWDTrainingArguments(**{**options, "optim": f"cwd_{algorithm}", "save_strategy": "steps", "save_steps": 2})
+    args = CWDTrainingArguments(**(options | {"optim": f"cwd_{algorithm}", "save_strategy": "steps", "save_steps": 2}))
     trainer = InOrder(model=model, args=args, train_dataset=rows())
     message = (
         r"^step 3: the gradient norm is nan\. Not finite: gradients of model\.layers\.1\.mlp\.up_proj\.weight\. The "
@@ -115,12 +115,14 @@ def test_weights_that_are_broken_already_are_named(options):
 
 def test_a_state_that_is_broken_is_named(options):
     """One that makes a weight NaN in a step whose gradients are finite: found in the next one."""
-    args = CWDTrainingArguments(**{**options, "logging_strategy": "no"})
+    args = CWDTrainingArguments(**(options | {"logging_strategy": "no"}))
     trainer = InOrder(model=tiny_llama(), args=args, train_dataset=rows())
     weight = trainer.model.lm_head.weight
     trainer.create_optimizer().state[weight] = {
-        "step": torch.tensor(1.0), "exp_avg": torch.full_like(weight, math.nan), "exp_avg_sq": torch.ones_like(weight)
-    }  # fmt: skip
+        "step": torch.tensor(1.0),
+        "exp_avg": torch.full_like(weight, math.nan),
+        "exp_avg_sq": torch.ones_like(weight),
+    }
     named = r"weights of lm_head\.weight; optimizer states of lm_head\.weight\."
     with pytest.raises(RuntimeError, match=rf"step 2: the gradient norm is nan, .* {named}"):
         trainer.train()
@@ -128,9 +130,12 @@ def test_a_state_that_is_broken_is_named(options):
 
 @pytest.mark.parametrize(
     ("optim", "changes"),
-    [*((f"cwd_{rule}", {}) for rule in RULES), ("cwd_adamw", {"max_grad_norm": 0.0}),
-     ("cwd_muon", {"gradient_accumulation_steps": 2})],
-)  # fmt: skip
+    [
+        *((f"cwd_{rule}", {}) for rule in RULES),
+        ("cwd_adamw", {"max_grad_norm": 0.0}),
+        ("cwd_muon", {"gradient_accumulation_steps": 2}),
+    ],
+)
 def test_a_skipped_step_leaves_everything_as_without_its_batch(options, optim, changes, caplog):
     accumulated = changes.get("gradient_accumulation_steps", 1)
     data = rows(4 * accumulated, bad=[accumulated])
@@ -149,9 +154,10 @@ def test_too_many_skipped_in_a_row(options):
     last = gradient_guard.MOST + 1  # batch 1 is skipped, batch 2 is good, and then all are bad
     data = rows(last + 4, bad=[0, *range(2, last + 4)])
     trainer = InOrder(
-        model=tiny_llama(), train_dataset=data,
+        model=tiny_llama(),
+        train_dataset=data,
         args=CWDTrainingArguments(**{**options, "max_steps": last + 4, "cwd_not_finite": "skip"}),
-    )  # fmt: skip
+    )
     with pytest.raises(RuntimeError, match=f"step {last + 1}: .*It would be the 20th skipped step in a row"):
         trainer.train()
     assert trainer._cwd_guard.skipped == gradient_guard.MOST
@@ -191,7 +197,7 @@ def test_a_loss_without_labels_harms_nothing_and_is_said(options, caplog):
 @pytest.mark.parametrize("not_finite", ["stop", "skip"])
 def test_a_loss_scaler_s_own_steps_are_none_of_ours(options, not_finite, monkeypatch):
     """It begins with a scale that makes every gradient infinite, and finds a smaller one."""
-    args = CWDTrainingArguments(**{**options, "cwd_not_finite": not_finite})
+    args = CWDTrainingArguments(**(options | {"cwd_not_finite": not_finite}))
     trainer = InOrder(model=tiny_llama(), args=args, train_dataset=rows())
     monkeypatch.setitem(trainer.accelerator.state.__dict__, "_mixed_precision", "fp16")
     trainer.accelerator.native_amp = True
@@ -228,7 +234,7 @@ def test_other_optimizers_are_refused(options, optim, made, message):
     model = tiny_llama()
     optimizer = None if made is None else made([model.model.layers[0].mlp.up_proj.weight])
     with pytest.raises(ValueError, match=message):
-        CWDTrainer(model, TrainingArguments(**{**options, "optim": optim}), optimizers=(optimizer, None))
+        CWDTrainer(model, TrainingArguments(**(options | {"optim": optim})), optimizers=(optimizer, None))
     if optimizer is not None:
         with pytest.raises(ValueError, match=rf"was given {made.__name__} by optimizer_cls_and_kwargs="):
             CWDTrainer(model=model, args=TrainingArguments(**options), optimizer_cls_and_kwargs=(made, {"lr": 1.0}))
@@ -244,7 +250,7 @@ def test_no_arguments_name_no_optimizer(tmp_path, monkeypatch):
 def test_an_optimizer_of_ours_is_taken_as_it_is(options, optim):
     model = tiny_llama()
     optimizer = CWDLion(model.parameters(), lr=1e-3)
-    args = TrainingArguments(**{**options, "optim": optim})
+    args = TrainingArguments(**(options | {"optim": optim}))
     trainer = CWDTrainer(model=model, args=args, train_dataset=tiny_data(), optimizers=(optimizer, None))
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer
@@ -267,7 +273,7 @@ def test_seq2seq_with_unmodified_arguments(options):
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    args = Seq2SeqTrainingArguments(**{**options, "optim": "cwd_muon", "predict_with_generate": True, "max_steps": 2})
+    args = Seq2SeqTrainingArguments(**(options | {"optim": "cwd_muon", "predict_with_generate": True, "max_steps": 2}))
     trainer = MyTrainer(
         model=T5ForConditionalGeneration(config), args=args, train_dataset=tiny_data(16), eval_dataset=tiny_data(4)
     )

@@ -68,7 +68,7 @@ def test_a_plain_configuration_is_accepted(arguments, algorithm):
 
 def test_a_section_that_names_ours_works_as_the_flag_does(arguments, tmp_path):
     params = {"lr": "auto", "weight_decay": 0.1, "momentum": 0.9, "nesterov": False, "adamw_betas": [0.9, 0.95]}
-    text = {**config(), **section("cwd_muon", **params), **{"bf16": {"enabled": "auto"}}}
+    text = {**config(), **section("cwd_muon", **params), "bf16": {"enabled": "auto"}}
     file = tmp_path / "zero.json"
     file.write_text(json.dumps(text))
     before = copy.deepcopy(text)

@@ -143,9 +143,12 @@ def test_logs_by_epoch(arguments, accumulation):
     """The last step of each epoch, also where batches are left over."""
     watch = Optimizers()
     args = arguments(
-        optim="cwd_adamw", logging_strategy="epoch", num_train_epochs=2, max_steps=-1,
+        optim="cwd_adamw",
+        logging_strategy="epoch",
+        num_train_epochs=2,
+        max_steps=-1,
         gradient_accumulation_steps=accumulation,
-    )  # fmt: skip
+    )
     trainer = train(args, rows=30, callbacks=[watch])  # 8 batches
     steps = {1: [8, 16], 3: [3, 6]}[accumulation]
     assert watch.collected == list(logged(trainer)) == steps

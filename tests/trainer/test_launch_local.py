@@ -145,9 +145,13 @@ FLAGS = {
 
 def run(command, folder, **environment):
     return subprocess.run(
-        list(map(str, command)), cwd=folder, env={**os.environ, **ENVIRONMENT, **environment},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        list(map(str, command)),
+        cwd=folder,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -60,11 +60,15 @@ class Mapped(OwnGroups):
     def groups(self):
         decayed, named = set(self.get_decay_parameter_names(self.model)), list(self.model.named_parameters())
         return [
-            {"params": [(n, p) for n, p in named if ("mlp" in n) == mlp and (n in decayed) == decay],
-             "lr": 0.02 if mlp else 0.01, "weight_decay": 0.1 if decay else 0.0}
-            for mlp in (True, False) for decay in (True, False)
+            {
+                "params": [(n, p) for n, p in named if ("mlp" in n) == mlp and (n in decayed) == decay],
+                "lr": 0.02 if mlp else 0.01,
+                "weight_decay": 0.1 if decay else 0.0,
+            }
+            for mlp in (True, False)
+            for decay in (True, False)
             if any(("mlp" in n) == mlp and (n in decayed) == decay for n, _ in named)
-        ]  # fmt: skip
+        ]
 
 
 def made(cls, args, model=None):

@@ -39,11 +39,26 @@ def test_what_trained_is_written(arguments):
     assert nested[1] == {key: value for key, value in nested[0].items() if value is not None}
     assert found["arguments"] == given
     assert found["optimizer"] == {
-        "optimizer_class": "CWDMuon", "momentum": 0.95, "nesterov": True, "ns_steps": 3, "ns_coefficients": "quintic",
-        "ns": "auto", "ns_dtype": "auto", "eps": 1e-7, "adjust_lr_fn": "match_rms_adamw", "cautious": True,
-        "mask": "gt", "kernel": "auto", "state_dtype": "auto", "master": "none", "share": "auto",
-        "exchange_bytes": 1 << 28, "adamw_lr": 1e-3, "adamw_betas": [0.9, 0.999], "adamw_eps": 1e-8,
-    }  # fmt: skip
+        "optimizer_class": "CWDMuon",
+        "momentum": 0.95,
+        "nesterov": True,
+        "ns_steps": 3,
+        "ns_coefficients": "quintic",
+        "ns": "auto",
+        "ns_dtype": "auto",
+        "eps": 1e-7,
+        "adjust_lr_fn": "match_rms_adamw",
+        "cautious": True,
+        "mask": "gt",
+        "kernel": "auto",
+        "state_dtype": "auto",
+        "master": "none",
+        "share": "auto",
+        "exchange_bytes": 1 << 28,
+        "adamw_lr": 1e-3,
+        "adamw_betas": [0.9, 0.999],
+        "adamw_eps": 1e-8,
+    }
     count = sum(p.numel() for p in trainer.model.parameters())
     assert found["model"] == {"model_class": "LlamaForCausalLM", "num_parameters": count, "num_trainable": count}
     assert found["world_size"] == 1
@@ -54,8 +69,12 @@ def test_what_trained_is_written(arguments):
     (run,) = read([args.output_dir])
     assert run.recorded
     assert {key: run.settings[key] for key in ("optim", "weight_decay", "mask", "num_trainable", "adamw_betas")} == {
-        "optim": "cwd_muon", "weight_decay": 0.1, "mask": "gt", "num_trainable": count, "adamw_betas": "[0.9, 0.999]",
-    }  # fmt: skip
+        "optim": "cwd_muon",
+        "weight_decay": 0.1,
+        "mask": "gt",
+        "num_trainable": count,
+        "adamw_betas": "[0.9, 0.999]",
+    }
 
 
 def test_two_seeds_are_one_setting_and_another_mask_is_none(arguments, tmp_path):
@@ -79,9 +98,15 @@ def test_the_optimizer_s_own_groups_count(arguments):
     trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] == 0.0
     assert run_record.optimizer_settings(args, trainer.optimizer) == {
-        "lr": [1e-4, 1e-3], "weight_decay": 0.3, "betas": (0.9, 0.95), "cautious": True, "mask": "gt", "kernel": "auto",
-        "state_dtype": "auto", "master": "none",
-    }  # fmt: skip
+        "lr": [1e-4, 1e-3],
+        "weight_decay": 0.3,
+        "betas": (0.9, 0.95),
+        "cautious": True,
+        "mask": "gt",
+        "kernel": "auto",
+        "state_dtype": "auto",
+        "master": "none",
+    }
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "cwd_adamw"])

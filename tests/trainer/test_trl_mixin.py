@@ -80,13 +80,25 @@ def model(tmp_path_factory):
 @pytest.fixture
 def make(model, tmp_path):
     def make(kind, arguments, model=model, **options):
-        own = {} if issubclass(arguments, CWDArgumentsMixin) else {"optim": "cwd_muon"}
-        args = arguments(**{
-            "output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2,
-            "weight_decay": 0.1, "logging_steps": 1, "bf16": False, "save_strategy": "no", "report_to": "none",
-            "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, **own,
-            **(GENERATING if kind is MyGRPO else {}), **options,
-        })  # fmt: skip
+        defaults = {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 2,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "logging_steps": 1,
+            "bf16": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        if not issubclass(arguments, CWDArgumentsMixin):
+            defaults["optim"] = "cwd_muon"
+        if kind is MyGRPO:
+            defaults |= GENERATING
+        args = arguments(**(defaults | options))
         tokenizer = None
         if Path(model).is_dir():
             tokenizer = AutoTokenizer.from_pretrained(model)

@@ -304,7 +304,7 @@ def test_numbers_that_yaml_takes_for_text(tmp_path):
 def test_optim_args_as_a_mapping(given, text, arguments):
     args = arguments(optim="cwd_muon", optim_args=given)
     assert args.optim_args == text
-    assert arguments(**{**args.to_dict(), "report_to": "none"}).optim_args == text
+    assert arguments(**(args.to_dict() | {"report_to": "none"})).optim_args == text
 
 
 def test_a_mapping_with_the_own_fields(tmp_path):
