@@ -105,7 +105,7 @@ def _narrowed(at, remainder_at, x, valid, REMAINDER: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
-def _chunk(
+def _chunk(  # noqa: C901, PLR0912  every branch is decided at compile time
     x_at,
     g_at,
     m_at,
