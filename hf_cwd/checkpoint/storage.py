@@ -78,7 +78,7 @@ class Storage:
         together(make if self.is_keeper else None)
         return staging
 
-    def seal(self, checkpoint: Path, *, step: int, versions: Mapping[str, str], is_resumable: bool) -> None:
+    def seal(self, checkpoint: Path, *, step: int, versions: Mapping[str, str], is_resumable: bool = True) -> None:
         """Waits until all ranks have synced their files to the disk; then the keeper writes the manifest.
 
         Args:

@@ -179,7 +179,7 @@ def test_without_a_manifest(train, out, said):
     os.truncate(out / "checkpoint-4" / "optimizer.pt", 1000)
     (out / "checkpoint-3" / "trainer_state.json").unlink()
     assert_same(train(True), whole)
-    assert "checkpoint-2 has no cwd_manifest.json, as when the plain Trainer saved it: it is taken as it is" in said()
+    assert "checkpoint-2 has no cwd_manifest.json, as when the plain Trainer saved it: it cannot be verified" in said()
     assert "checkpoint-4 is damaged: optimizer.pt was cut off" in said()
     assert "checkpoint-3 has no trainer_state.json: its run was killed during the save" in said()
 
