@@ -1,8 +1,9 @@
 """Fused kernels for GPUs, in Triton: one launch steps all tensors of one combination of dtypes, whatever their groups.
 
 Nothing here waits for the device. A changed hyper-parameter compiles nothing again. While only hyper-parameters, step
-numbers or gradients' addresses change, a step sends one small copy to the device. A twin of :mod:`hf_cwd.kernels.eager`, see
-:class:`hf_cwd.kernels.interface.Row`; with ``TRITON_INTERPRET=1`` it also runs on a CPU, for tests.
+numbers or gradients' addresses change, a step sends one small copy to the device. A twin of
+:mod:`hf_cwd.kernels.eager`, see :class:`hf_cwd.kernels.interface.Row`; with ``TRITON_INTERPRET=1`` it also runs on a
+CPU, for tests.
 """
 
 import functools
