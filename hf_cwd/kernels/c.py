@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.kernels import build
-from hf_cwd.kernels.interface import COLUMNS, Item, Row, Sums, apply_row, row
+from hf_cwd.kernels.interface import COLUMNS, Item, Row, Sums, Workspace, apply_row, row
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -120,14 +120,15 @@ def _refused(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> str | None:
     return next((text for text, t in zip(refused, dtypes, strict=True) if t not in DTYPES), None)
 
 
-def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
+def update(rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: None) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
-    del cache, kept
+    del workspace, last
     _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], sums)
 
 
-def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
+def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
+    del workspace
     outputs = (replace(item, param=u, remainder=None) for item, u in zip(items, outs, strict=True))
     _run(DIRECTIONS, rule, [(output, output.grad, 1.0) for output in outputs], None)
 
@@ -137,10 +138,10 @@ def apply(
     directions: Sequence[Tensor],
     scales: Sequence[float],
     sums: Sums | None,
-    cache: dict[Any, Any],
+    workspace: Workspace,
 ) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
-    del cache
+    del workspace
     known = (replace(item, buffers=()) for item in items)
     _run(APPLY, None, list(zip(known, directions, scales, strict=True)), sums)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_cwd import decay
 from hf_cwd.kernels.addresses import are_plain
-from hf_cwd.kernels.interface import COLUMNS, Item, Sums, joined, split
+from hf_cwd.kernels.interface import COLUMNS, Item, Sums, Workspace, joined, split
 from hf_cwd.rules.base import Rule
 
 # Elements in a block. On a CPU a few fp32 blocks stay in cache and are large enough to be shared among threads;
@@ -40,9 +40,9 @@ def refusal_to_apply(dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None
 
 
-def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
+def update(rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: None) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.interface.Kernel`."""
-    del cache, kept
+    del workspace, last
     for item in items:
         decaying = _decaying(item, sums)
         for g, x, remainder, *block in _blocks(item.grad, item.param, item.remainder, *item.buffers):
@@ -55,9 +55,9 @@ def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any
             _step(x, u, remainder, **decaying)
 
 
-def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
+def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
     """The directions before the matrix stage, see :class:`hf_cwd.kernels.interface.Kernel`."""
-    del cache
+    del workspace
     for item, u in zip(items, outs, strict=True):
         number = wide(item.param.dtype)
         for out, g, *block in _blocks(u, item.grad, *item.buffers):
@@ -71,10 +71,10 @@ def apply(
     directions: Sequence[Tensor],
     scales: Sequence[float],
     sums: Sums | None,
-    cache: dict[Any, Any],
+    workspace: Workspace,
 ) -> None:
     """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.interface.Kernel`."""
-    del cache
+    del workspace
     for item, u, scale in zip(items, directions, scales, strict=True):
         decaying = _decaying(item, sums, scale)
         for block, x, remainder in _blocks(u, item.param, item.remainder):

@@ -1,7 +1,7 @@
 """What a kernel is given: this rank's part of each parameter, and its group's settings, as one row of numbers."""
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -83,8 +83,19 @@ class Sums:
         self.calls.append(Call(owners, numels, [item.settings for item in items], scales, numbers))
 
 
+class Workspace:
+    """What kernels keep for one optimizer between its steps.
+
+    Attributes:
+        tables: of the Triton kernels, on the device: by operation, rule and device.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[Hashable, Any] = {}
+
+
 class Kernel(Protocol):
-    """The operations over lists of items. ``cache`` belongs to the optimizer: a kernel may keep its tables there.
+    """The operations over lists of items.
 
     A kernel other than ``eager`` only gets tensors whose memory it may access directly, see
     :mod:`hf_cwd.kernels.addresses`. The tensors of an item have equally many elements.
@@ -96,17 +107,15 @@ class Kernel(Protocol):
     def refusal_to_apply(self, dtypes: tuple[torch.dtype, ...]) -> str | None:
         """Why it cannot decay and apply with (param, direction); None if it can."""
 
-    def update(
-        self, rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]
-    ) -> None:
+    def update(self, rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: Any) -> Any:
         """One step of an element-wise rule: direction, decay, apply.
 
-        A kernel may keep in ``kept`` what it computed for these items. It is empty at their first step. At later steps
-        only three things can differ: the addresses of gradients, the settings, and the step numbers. Items that shared
-        settings and a step number still share them.
+        Returns what spares work at the next step of these items; it is given as ``last`` then, and only then. At their
+        first step ``last`` is None. At later steps only three things can differ: the addresses of gradients, the
+        settings, and the step numbers. Items that shared settings and a step number still share them.
         """
 
-    def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
+    def directions(self, rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
         """Writes the directions before the matrix stage to ``outs``, which are contiguous; mutates the buffers."""
 
     def apply(
@@ -115,7 +124,7 @@ class Kernel(Protocol):
         directions: Sequence[Tensor],
         scales: Sequence[float],
         sums: Sums | None,
-        cache: dict[Any, Any],
+        workspace: Workspace,
     ) -> None:
         """Decays, and applies the given directions. ``grad`` and ``buffers`` of the items are not read."""
 

@@ -3,16 +3,16 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_cwd.kernels import c, eager, triton
 from hf_cwd.kernels.addresses import are_plain, lacks_memory, obstacle, overlaps_itself, share_memory
-from hf_cwd.kernels.interface import Item, Sums
+from hf_cwd.kernels.interface import Item, Sums, Workspace
 from hf_cwd.rules.base import Rule
 
 KERNELS: dict[str, ModuleType] = {"eager": eager, "c": c, "triton": triton}
@@ -55,12 +55,13 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return None if name == "eager" else KERNELS[name].unavailable(device)
 
 
-class Call(NamedTuple):
-    """Items on one device that one kernel steps, and what it keeps of them from step to step."""
+@dataclass
+class Call:
+    """Items on one device that one kernel steps, and what it returned at their last step."""
 
     kernel: ModuleType
     items: list[Item]
-    kept: dict[Any, Any]
+    last: Any = None
 
 
 def calls(rule: Rule, items: Sequence[Item], describe: Describe = by_shape) -> list[Call]:
@@ -74,7 +75,7 @@ def calls(rule: Rule, items: Sequence[Item], describe: Describe = by_shape) -> l
         RuntimeError: a tensor has no memory, or not as much as its shape needs, or the shapes of an item differ.
     """
     found = _by_kernel(functools.partial(_kernel_for, rule), items, describe=describe, flat=True)
-    return [Call(kernel, [item for _, item in some], {}) for (kernel, _), some in found.items()]
+    return [Call(kernel, [item for _, item in some]) for (kernel, _), some in found.items()]
 
 
 def can_be_kept(calls: Sequence[Call], items: Sequence[Item]) -> bool:
@@ -87,20 +88,20 @@ def can_be_kept(calls: Sequence[Call], items: Sequence[Item]) -> bool:
     return all(call.kernel is not eager and own.issuperset(map(id, call.items)) for call in calls)
 
 
-def update(rule: Rule, calls: Sequence[Call], sums: Sums | None, cache: dict[Any, Any]) -> None:
+def update(rule: Rule, calls: Sequence[Call], sums: Sums | None, workspace: Workspace) -> None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.interface.Kernel`."""
-    for kernel, items, kept in calls:
-        kernel.update(rule, items, sums, cache, kept)
+    for call in calls:
+        call.last = call.kernel.update(rule, call.items, sums, workspace, call.last)
 
 
 def directions(
-    rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any], describe: Describe = by_shape
+    rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace, describe: Describe = by_shape
 ) -> None:
     """Writes the directions before the matrix stage to ``outs``, which are contiguous and of one dtype."""
     choose = functools.partial(_kernel_for, rule)
     found = _by_kernel(choose, items, *{out.dtype for out in outs}, describe=describe)
     for (kernel, _), some in found.items():
-        kernel.directions(rule, [item for _, item in some], [outs[position] for position, _ in some], cache)
+        kernel.directions(rule, [item for _, item in some], [outs[position] for position, _ in some], workspace)
 
 
 def apply(
@@ -108,7 +109,7 @@ def apply(
     directions: Sequence[Tensor],
     scales: Sequence[float],
     sums: Sums | None,
-    cache: dict[Any, Any],
+    workspace: Workspace,
     describe: Describe = by_shape,
 ) -> None:
     """Decays, and applies the given directions, which are contiguous."""
@@ -116,7 +117,7 @@ def apply(
     for (kernel, _), some in _by_kernel(_kernel_to_apply, known, describe=describe).items():
         chosen = [position for position, _ in some]
         kernel.apply(
-            [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], sums, cache
+            [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], sums, workspace
         )
 
 

@@ -23,7 +23,7 @@ from hf_cwd.distributed.plan import EXCHANGE, Entry, Plan
 from hf_cwd.distributed.rank_groups import RankGroup
 from hf_cwd.distributed.schedule import Batch, Round
 from hf_cwd.kernels.eager import wide
-from hf_cwd.kernels.interface import Item, Settings
+from hf_cwd.kernels.interface import Item, Settings, Workspace
 from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.original_params import Origins
 from hf_cwd.optim.state import advance, pieces
@@ -85,7 +85,7 @@ class PreparedExchange:
         shared: parameters of which one rank works for several replicas.
         numbers: the places of its parameters among the members.
         steps: how many it has made.
-        caches: of the kernels, by the first member of a call.
+        workspaces: of the kernels, by the first member of a call.
     """
 
     made_for: list[tuple[int, Stage, MatrixLayout]]
@@ -94,7 +94,7 @@ class PreparedExchange:
     shared: list[Entry]
     numbers: list[int] = field(default_factory=list)
     steps: int = 0
-    caches: defaultdict[int, dict[Any, Any]] = field(default_factory=lambda: defaultdict(dict))
+    workspaces: defaultdict[int, Workspace] = field(default_factory=lambda: defaultdict(Workspace))
 
 
 class MatrixStep:
@@ -268,7 +268,7 @@ class MatrixLoop:
         states: States,
         statistics: StepStatistics | None,
     ) -> None:
-        self._exchange, self._kinds, self._caches = prepared.exchange, prepared.kinds, prepared.caches
+        self._exchange, self._kinds, self._workspaces = prepared.exchange, prepared.kinds, prepared.workspaces
         self._members = [members[number] for number in prepared.numbers]
         self._origins, self._states, self._statistics = origins, states, statistics
         self._present = [member.param.grad is not None for member in self._members]
@@ -344,7 +344,7 @@ class MatrixLoop:
             alike = [i for i in sources if (self._kinds[i].rule, directions[i].dtype) == (rule, dtype)]
             items = [item for i in alike for item in self._items[i]]
             cut = [out for i in alike for out in self._cut(i, directions[i])]
-            kernels.directions(rule, items, cut, self._caches[alike[0]], self._describe)
+            kernels.directions(rule, items, cut, self._workspaces[alike[0]], self._describe)
         self._step.parts.update(directions)
 
     def _advance(self, sources: Sequence[int]) -> None:
@@ -400,7 +400,7 @@ class MatrixLoop:
             items += self._items.pop(i)
             directions += self._cut(i, self._step.parts.pop(i))
         scales = [scale for i in sources for scale in self._kinds[i].scales]
-        kernels.apply(items, directions, scales, self._statistics, self._caches[sources[0]], self._describe)
+        kernels.apply(items, directions, scales, self._statistics, self._workspaces[sources[0]], self._describe)
 
     def _cut(self, source: int, direction: Tensor) -> list[Tensor]:
         """A source's direction, cut as its items are."""

@@ -124,7 +124,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         self._is_prepared = False
         self._origins = Origins()
         self._matrix_step = MatrixStep.of(self._origins, rule, options)
-        self._cache: dict[Any, Any] = {}  # the kernels' tables
+        self._workspace = kernels.Workspace()
         self._kept: dict[Rule, state.Kept | None] = {}
         more = ("on_rule_change", *((*EXCHANGE, "process_group") if rule.matrix is not None else ()))
         defaults = _checked_defaults(owner, rule, {"lr": lr} | options, more)
@@ -143,7 +143,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         return (
             super().__getstate__()
             | {name: getattr(self, name) for name in own}
-            | {"statistics": None, "_is_prepared": False, "_cache": {}, "_kept": {}}
+            | {"statistics": None, "_is_prepared": False, "_workspace": kernels.Workspace(), "_kept": {}}
         )
 
     @property
@@ -337,7 +337,7 @@ class CWDOptimizer(torch.optim.Optimizer):
                     items += found if flat is None else state.pieces(found[0], flat.extents)
                 calls = kernels.calls(rule, items, self._origins.described)
                 self._kept[rule] = state.Kept.of(self.state, groups, params, items, calls)
-            kernels.update(rule, calls, self.statistics, self._cache)
+            kernels.update(rule, calls, self.statistics, self._workspace)
             for item in items:
                 item.grad = None  # kept items must not keep the memory of gradients
 

@@ -102,7 +102,8 @@ class Mutated:
     """A kernel that takes other settings than it was given."""
 
     def __init__(self, kernel: Any, change: Callable[[Settings], Settings]) -> None:
-        self.kernel, self.change, self.refusal = kernel, change, kernel.refusal
+        self.kernel, self.change = kernel, change
+        self.refusal, self.refusal_to_apply = kernel.refusal, kernel.refusal_to_apply
 
     def _changed(self, items: Sequence[interface.Item]) -> list[interface.Item]:
         return [replace(item, settings=self.change(item.settings)) for item in items]

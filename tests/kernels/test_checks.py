@@ -28,8 +28,8 @@ def problems(case: Case, **replaced: Any) -> list[str]:
 
 
 def afterwards(change: Callable[..., None]) -> Callable[..., None]:
-    def update(rule: Any, items: Any, sums: Any, cache: Any, kept: Any) -> None:
-        eager.update(rule, items, sums, cache, kept)
+    def update(rule: Any, items: Any, sums: Any, workspace: Any, last: Any) -> None:
+        eager.update(rule, items, sums, workspace, last)
         change(items, sums)
 
     return update
@@ -118,20 +118,20 @@ def test_a_kernel_that_refuses_or_fails():
     assert problems(CASES[UPDATE], update=lambda *_: 1 / 0) == ["raised ZeroDivisionError: division by zero"]
 
 
-def unwritten(rule, items, outs, cache):
+def unwritten(rule, items, outs, workspace):
     for item, out in zip(items, outs, strict=True):
-        eager.directions(rule, [item], [torch.empty_like(out)], cache)
+        eager.directions(rule, [item], [torch.empty_like(out)], workspace)
 
 
-def one_too_large(rule, items, outs, cache):
-    eager.directions(rule, items, outs, cache)
+def one_too_large(rule, items, outs, workspace):
+    eager.directions(rule, items, outs, workspace)
     for out in outs:
         out.add_(1)
 
 
-def beyond_the_end(rule, items, outs, cache):
+def beyond_the_end(rule, items, outs, workspace):
     longer = [out.as_strided((out.numel() + 1,), (1,)) for out in outs]
-    eager.directions(rule, items, outs, cache)
+    eager.directions(rule, items, outs, workspace)
     for out in longer:
         out[-1] = 1
 
@@ -143,19 +143,19 @@ def test_wrong_directions(wrong):
 
 
 def test_scales_and_directions_of_other_parameters():
-    def apply(items, directions, scales, sums, cache):
-        eager.apply(items, directions, scales[::-1], sums, cache)
+    def apply(items, directions, scales, sums, workspace):
+        eager.apply(items, directions, scales[::-1], sums, workspace)
 
     assert not problems(CASES[KNOWN])
     assert any("param[" in text for text in problems(CASES[KNOWN], apply=apply))
 
 
 def test_a_kernel_that_trusts_yesterday_s_tensors():
-    """The cases of a run share a cache, and so do the calls of one case."""
+    """The cases of a run share a workspace, and so do the calls of one case."""
     known = {}
 
-    def update(rule, items, sums, cache, kept):
-        eager.update(rule, known.setdefault(len(items), items), sums, cache, kept)
+    def update(rule, items, sums, workspace, last):
+        eager.update(rule, known.setdefault(len(items), items), sums, workspace, last)
 
     names = ["lion all dtypes in one call", "lion three calls", "lion learning rate 0"]
     results = truth.run(kernel(update=update), "cpu", [CASES[name] for name in names], eager=True)
@@ -165,10 +165,10 @@ def test_a_kernel_that_trusts_yesterday_s_tensors():
 
 
 def test_a_step_that_is_not_read_anew():
-    def update(rule, items, sums, cache, kept):
-        steps = cache.setdefault("steps", [item.step for item in items])
+    def update(rule, items, sums, workspace, last):
+        steps = workspace.tables.setdefault("steps", [item.step for item in items])
         changed = [replace(item, step=step) for item, step in zip(items, steps, strict=True)]
-        eager.update(rule, changed, sums, cache, kept)
+        eager.update(rule, changed, sums, workspace, last)
 
     assert not problems(CASES["adamw three calls"])
     assert problems(CASES["adamw three calls"], update=update)

@@ -58,19 +58,21 @@ class Recorder:
         return launch
 
 
-def stepped(rule: str, followed: list[Followed], cache: dict[Any, Any], sums: interface.Sums | None = None) -> None:
-    triton.update(RULES[rule], [one.item() for one in followed], sums, cache, {})
+def stepped(
+    rule: str, followed: list[Followed], workspace: interface.Workspace, sums: interface.Sums | None = None
+) -> None:
+    triton.update(RULES[rule], [one.item() for one in followed], sums, workspace, None)
 
 
 @case
 def sizes_around_a_chunk() -> Iterator[str]:
     block = triton.BLOCK
     for rule in HYPER:
-        cache: dict[Any, Any] = {}
+        workspace = interface.Workspace()
         all_sizes = (0, 1, 3, block - 1, block, block + 1, 2 * block, 3 * block + 5)
         some = [Followed(rule, n, seed=n, dtype=d) for n in all_sizes for d in ("float32", "bfloat16")]
         for _ in range(2):
-            stepped(rule, some, cache)
+            stepped(rule, some, workspace)
         for one in some:
             yield from one.problems(f"{rule} {len(one.right.bits)} {one.dtype}")
 
@@ -103,12 +105,12 @@ def one_launch_for_each_dtype_and_alignment() -> Iterator[str]:
 @case
 def nothing_is_compiled_again() -> Iterator[str]:
     """A variant is known by its constants and by what is known of its arguments, which are tensors or None."""
-    some, cache, variants = [Followed("adamw", 2000 + k, seed=k) for k in range(5)], {}, set()
+    some, workspace, variants = [Followed("adamw", 2000 + k, seed=k) for k in range(5)], interface.Workspace(), set()
     with Recorder() as recorder:
         for k in range(8):
             for one in some:
                 one.settings = settings("adamw", lr=1e-3 * k, weight_decay=0.1 * (k % 2), maximize=k == 3)
-            stepped("adamw", some[: 1 + k % 5], cache)
+            stepped("adamw", some[: 1 + k % 5], workspace)
         for _, args, options in recorder.launches:
             kinds = tuple((a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args)
             variants.add((kinds, tuple(sorted(options.items(), key=str))))
@@ -121,9 +123,9 @@ def nothing_is_compiled_again() -> Iterator[str]:
 @case
 def tensors_come_and_go() -> Iterator[str]:
     """As parameters that get a gradient now and then; more layouts than are kept."""
-    some, cache = [Followed("lion", 50 + k, seed=k) for k in range(12)], {}
+    some, workspace = [Followed("lion", 50 + k, seed=k) for k in range(12)], interface.Workspace()
     for step in range(3 * tables.KEPT):
-        stepped("lion", [one for k, one in enumerate(some) if (step + k) % (2 + k % 5)], cache)
+        stepped("lion", [one for k, one in enumerate(some) if (step + k) % (2 + k % 5)], workspace)
     for k, one in enumerate(some):
         yield from one.problems(k)
 
@@ -131,42 +133,43 @@ def tensors_come_and_go() -> Iterator[str]:
 @case
 def memory_is_swapped() -> Iterator[str]:
     """A table knows addresses and lengths, and not which tensor it was made for."""
-    one, other, cache = Followed("adamw", 64, seed=1), Followed("adamw", 64, seed=2), {}
+    one, other = Followed("adamw", 64, seed=1), Followed("adamw", 64, seed=2)
+    workspace = interface.Workspace()
     for step in range(6):
         if step == 2:
             one.param = one.param.clone()
         if step == 3:
             one.states = tuple(state.clone() for state in one.states)
-        stepped("adamw", [one, other] if step != 4 else [other, one], cache)
+        stepped("adamw", [one, other] if step != 4 else [other, one], workspace)
     yield from one.problems("one")
     yield from other.problems("other")
 
 
 @case
 def the_same_address_with_another_length_or_dtype() -> Iterator[str]:
-    cache: dict[Any, Any] = {}
+    workspace = interface.Workspace()
     x, g, m = torch.full((64,), 1.0), torch.full((64,), 1.0), torch.zeros(64)
     given = settings("lion", lr=0.5, weight_decay=0.0)
     for n in (64, 32):
-        triton.update(RULES["lion"], [interface.Item(x[:n], g[:n], (m[:n],), None, 1, given, x)], None, cache, {})
+        triton.update(RULES["lion"], [interface.Item(x[:n], g[:n], (m[:n],), None, 1, given, x)], None, workspace, None)
     if x.tolist() != [0.0] * 32 + [0.5] * 32:
         yield f"{x.tolist()}"
     half = x.view(torch.bfloat16)[:64].fill_(1.0)
-    triton.update(RULES["lion"], [interface.Item(half, g, (m,), None, 1, given, x)], None, cache, {})
+    triton.update(RULES["lion"], [interface.Item(half, g, (m,), None, 1, given, x)], None, workspace, None)
     if half.tolist() != [0.5] * 64:
         yield f"{half.tolist()}"
 
 
 @case
 def one_copy_travels_in_a_step() -> Iterator[str]:
-    one, cache = Followed("lion", 64, seed=1), {}
+    one, workspace = Followed("lion", 64, seed=1), interface.Workspace()
     item = one.item()
     versions = []
     moves = [item, item, replace(item, step=2), replace(item, grad=one.grad.clone())]
     moves.append(replace(moves[-1], settings=settings("lion", lr=1e-3)))
     for move in [*moves, moves[-1]]:
-        triton.update(RULES["lion"], [move], None, cache, {})
-        (own,) = cache.values()
+        triton.update(RULES["lion"], [move], None, workspace, None)
+        (own,) = workspace.tables.values()
         (table,) = own._tables.values()
         versions.append(table.words._version)
     changes = [after - before for before, after in itertools.pairwise(versions)]
@@ -185,13 +188,16 @@ def items_that_are_kept() -> Iterator[str]:
 def odd_tensors() -> Iterator[str]:
     """Steps in which the eager kernel takes what has no address, and these kernels the rest."""
     selection.FASTEST["cpu"] = "triton"
-    selection._kernel_for.cache_clear()
+    choices = selection._kernel_for, selection._kernel_to_apply
+    for choice in choices:
+        choice.cache_clear()
     try:
         for rule in RULES:
             yield from (f"{rule}: {text}" for text in odd.problems(rule))
     finally:
         selection.FASTEST["cpu"] = "c"
-        selection._kernel_for.cache_clear()
+        for choice in choices:
+            choice.cache_clear()
 
 
 @case
@@ -221,11 +227,11 @@ def sums_of_each_tensor() -> Iterator[str]:
     sizes = (3000, 5, 77, 70 * triton.BLOCK + 3)
     some = [Followed("adamw", n, seed=n, dtype=d, offset=n % 3) for n in sizes for d in ("float32", "bfloat16")]
     some.append(Followed("adamw", 77, seed=9, weight_decay=0.0))
-    cache: dict[Any, Any] = {}
+    workspace = interface.Workspace()
     for _ in range(2):
         sums = interface.Sums()
         items = [one.item() for one in some]
-        triton.update(RULES["adamw"], items, sums, cache, {})
+        triton.update(RULES["adamw"], items, sums, workspace, None)
         (call,) = sums.calls
         places = [[id(item.param) for item in items].index(id(p)) for p in call.owners]
         if sorted(places) != list(range(len(some))):

@@ -40,8 +40,8 @@ def run(
     Returns:
         What is wrong, by the name of the case; an empty list where all is well.
     """
-    cache: dict[Any, Any] = {}  # one optimizer's: from case to case its tensors, settings and steps change
-    return {case.name: _problems(kernel, device, case, cache, eager, capturable) for case in chosen}
+    workspace = interface.Workspace()  # one optimizer's: from case to case its tensors, settings and steps change
+    return {case.name: _problems(kernel, device, case, workspace, eager, capturable) for case in chosen}
 
 
 def for_capturable(chosen: Iterable[Case]) -> list[Case]:
@@ -120,7 +120,9 @@ class _Tensors:
         return interface.Item(param, self.grad.view, states, remainder, step, given, param)
 
 
-def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager: bool, capturable: bool) -> list[str]:
+def _problems(
+    kernel: Any, device: str, case: Case, workspace: interface.Workspace, eager: bool, capturable: bool
+) -> list[str]:
     rule = None if case.rule == APPLY else RULES[case.rule]
     tensors = [_Tensors(case.rule, parameter, device, k) for k, parameter in enumerate(case.parameters)]
     for one in tensors:
@@ -138,11 +140,11 @@ def _problems(kernel: Any, device: str, case: Case, cache: dict[Any, Any], eager
         try:
             if rule is None:
                 scales = [parameter.settings.scale for parameter in case.parameters]
-                kernel.apply(items, [one.grad.view for one in tensors], scales, sums, cache)
+                kernel.apply(items, [one.grad.view for one in tensors], scales, sums, workspace)
             elif case.out is None:
-                kernel.update(rule, items, sums, cache, {})
+                kernel.update(rule, items, sums, workspace, None)
             else:
-                kernel.directions(rule, items, [out.view for out in outs], cache)
+                kernel.directions(rule, items, [out.view for out in outs], workspace)
         except Exception as error:  # a case that cannot run is a result, and the others still run
             return [f"raised {type(error).__name__}: {error}"]
     expected = case.expected(torch_root if eager and device == "cpu" else None)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.kernels.interface import COLUMNS, Item, Sums
+from hf_cwd.kernels.interface import COLUMNS, Item, Sums, Workspace
 from hf_cwd.kernels.triton import tables
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
@@ -71,31 +71,31 @@ def _refused(named: Sequence[tuple[str, torch.dtype]]) -> str | None:
     return next(refused, None)
 
 
-def update(rule: Rule, items: Sequence[Item], sums: Sums | None, cache: dict[Any, Any], kept: dict[Any, Any]) -> None:
+def update(
+    rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: tables.Written | None
+) -> tables.Written | None:
     """One step of an element-wise rule, see :class:`hf_cwd.kernels.interface.Kernel`."""
     if not items:
-        return
+        return None
     device, operation, scales = items[0].param.device, OPERATIONS[rule.direction], [1.0] * len(items)
     with _on(device):
-        written: tables.Written | None = None if _capturing(device) else kept.get("written")
-        table = None if written is None else written.again(rule, items)
+        table = None if last is None or _capturing(device) else last.again(rule, items)
         if table is not None:
             _launches(operation, table, items, scales, sums)
-            return
+            return last
     tasks = [
         (i.param, i.grad, *i.buffers) if i.remainder is None else (i.param, i.grad, *i.buffers, i.remainder)
         for i in items
     ]
-    table, places = _run(operation, rule, items, tasks, scales, sums, cache)
-    if table.is_aligned and not _capturing(device):
-        kept["written"] = tables.Written.of(table, places)
+    table, places = _run(operation, rule, items, tasks, scales, sums, workspace)
+    return tables.Written.of(table, places) if table.is_aligned and not _capturing(device) else last
 
 
-def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], cache: dict[Any, Any]) -> None:
+def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
     """The directions before the matrix stage, see :class:`hf_cwd.kernels.interface.Kernel`."""
     tasks = [(u, item.grad, *item.buffers) for u, item in zip(outs, items, strict=True)]
     if items:
-        _run("directions", rule, items, tasks, [1.0] * len(items), None, cache)
+        _run("directions", rule, items, tasks, [1.0] * len(items), None, workspace)
 
 
 def apply(
@@ -103,7 +103,7 @@ def apply(
     directions: Sequence[Tensor],
     scales: Sequence[float],
     sums: Sums | None,
-    cache: dict[Any, Any],
+    workspace: Workspace,
 ) -> None:
     """Decay, and apply directions that are known, see :class:`hf_cwd.kernels.interface.Kernel`."""
     tasks = [
@@ -111,7 +111,7 @@ def apply(
         for item, u in zip(items, directions, strict=True)
     ]
     if items:
-        _run("apply", None, items, tasks, scales, sums, cache)
+        _run("apply", None, items, tasks, scales, sums, workspace)
 
 
 def _run(
@@ -121,7 +121,7 @@ def _run(
     tasks: Sequence[tuple[Tensor, ...]],
     scales: Sequence[float],
     sums: Sums | None,
-    cache: dict[Any, Any],
+    workspace: Workspace,
 ) -> tuple[tables.Table, list[int]]:
     """Launches an operation on all tasks: x (or the output), the gradient (or the direction), states, remainder.
 
@@ -129,7 +129,7 @@ def _run(
     """
     device = tasks[0][0].device
     # Each rule has tables of its own: one that it goes on with must not be written for another one's tensors.
-    own = cache.setdefault(("triton", operation, rule, device), tables.Tables())
+    own = workspace.tables.setdefault((operation, rule, device), tables.Tables())
     with _on(device):
         new, capturing = tables.rows(rule, items, scales), _capturing(device)
         table = own.written(tasks, new, block=BLOCK, capturing=capturing)
