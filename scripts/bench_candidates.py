@@ -51,7 +51,7 @@ class Traffic:
         self.state = self.optimizer.state
 
     def step(self) -> None:
-        def floor(rule: Any, items: Any, count: Any, cache: Any, kept: Any) -> None:
+        def floor(rule: Any, items: Any, sums: Any, workspace: Any, last: Any) -> None:
             self.kernel.floor(items)
 
         update, self.kernel.update = self.kernel.update, floor

@@ -65,6 +65,18 @@ class NoStage(Stage):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        _check_numbers(args)
+        args.processes = _processes(args)
+        _check_device(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -81,30 +93,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each process (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or the type of an accelerator (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("hidden", "layers", "ns_steps", "exchange_bytes", "steps", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} {value}: give at least 1")
+            raise ValueError(f"--{name} {value}: give at least 1")
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
-            parser.error(f"--shapes {shape}: write ROWSxCOLUMNS, as 16x4096")
+            raise ValueError(f"--shapes {shape}: write ROWSxCOLUMNS, as 16x4096")
+
+
+def _processes(args: argparse.Namespace) -> list[int]:
+    """The numbers of processes to measure: torchrun's, those of the flag, or the default ones."""
     if "WORLD_SIZE" in os.environ and args.processes:
-        parser.error("--processes: torchrun has started the processes already; leave it out")
+        raise ValueError("--processes: torchrun has started the processes already; leave it out")
+    counts = args.processes or ([4, 8] if args.layout == "hsdp" else [2, 4, 8])
     if "WORLD_SIZE" in os.environ:
-        args.processes = [int(os.environ["WORLD_SIZE"])]
-    args.processes = args.processes or ([4, 8] if args.layout == "hsdp" else [2, 4, 8])
-    for processes in args.processes:
-        if processes < 2:
-            parser.error(f"--processes {processes}: nothing is exchanged by fewer than 2")
-        if args.layout == "hsdp" and (processes < 4 or processes % 2):
-            parser.error(f"--processes {processes}: --layout hsdp has two replicas of at least 2 processes")
+        counts = [int(os.environ["WORLD_SIZE"])]
+    for count in counts:
+        if count < 2:
+            raise ValueError(f"--processes {count}: nothing is exchanged by fewer than 2")
+        if args.layout == "hsdp" and (count < 4 or count % 2):
+            raise ValueError(f"--processes {count}: --layout hsdp has two replicas of at least 2 processes")
+    return counts
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    """A device that torch finds, and one for each process that this program starts."""
     accelerator = torch.accelerator.current_accelerator()
     if args.device not in ("cpu", accelerator.type if accelerator else "cpu"):
-        parser.error(f"--device {args.device}: torch finds no such device here; use {accelerator or 'cpu'}")
+        raise ValueError(f"--device {args.device}: torch finds no such device here; use {accelerator or 'cpu'}")
     count, most = torch.accelerator.device_count(), max(args.processes)
     if args.device != "cpu" and "WORLD_SIZE" not in os.environ and most > count:
-        parser.error(f"--processes {most}: each needs a device of its own, and there are {count}")
-    return args
+        raise ValueError(f"--processes {most}: each needs a device of its own, and there are {count}")
 
 
 def matrices(args: argparse.Namespace) -> list[tuple[int, int]]:

@@ -31,7 +31,22 @@ CHILD = "HF_CWD_BENCH_RUN"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from bench_shapes import MODELS, shapes_of
+    import torch
+
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        _check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.threads = args.threads or [torch.get_num_threads()]
+    if args.json and not args.list:
+        args.json.touch()  # an hour of figures must not fail here
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    from bench_shapes import MODELS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -56,32 +71,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", action="store_true", help="print the project's goals beside the figures")
     parser.add_argument("--list", action="store_true", help="list the candidates and stop")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    args = parser.parse_args(argv)
-    for name in ("pairs", "seconds", *(["threads"] if args.threads else [])):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value <= 0:
-                parser.error(f"--{name} {value}: give at least 1")
-    try:
-        for model in args.model:
-            shapes_of(model)
-    except ValueError as error:
-        parser.error(f"--model {error}")
-    if args.list:
-        return args
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what the parser takes and no run can be made of."""
     import torch
     from bench_candidates import candidates
+    from bench_shapes import shapes_of
 
-    known = candidates()
-    for name in args.candidates or ():
-        if name not in known:
-            parser.error(f"--candidates {name}: give some of {', '.join(known)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
-    args.threads = args.threads or [torch.get_num_threads()]
-    if args.json:
-        args.json.touch()  # an hour of figures must not fail here
-    return args
+    for name, values in {"pairs": [args.pairs], "seconds": [args.seconds], "threads": args.threads or ()}.items():
+        for value in values:
+            if value <= 0:
+                raise ValueError(f"--{name} {value}: give at least 1")
+    for model in args.model:
+        shapes_of(model)
+    if unknown := {*(args.candidates or ())} - {*candidates()}:
+        raise ValueError(f"--candidates {', '.join(sorted(unknown))}: give some of {', '.join(candidates())}")
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.list:
+        raise ValueError("--device cuda: torch finds no GPU here")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

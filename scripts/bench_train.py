@@ -109,7 +109,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
     """
     import torch
     from bench_machine import Peak
-    from bench_stopwatch import stopwatch
+    from bench_stopwatch import Stopwatch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     import hf_cwd  # noqa: F401  registers the names
@@ -136,7 +136,7 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
         dataloader_pin_memory=device == "cuda",
         deepspeed=deepspeed_config(options["deepspeed"], optim) if options.get("deepspeed") else None,
     )
-    watch, peak = stopwatch(device, warmup, warmup + steps), Peak(device)
+    watch, peak = Stopwatch(device, warmup=warmup, last=warmup + steps), Peak(device)
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

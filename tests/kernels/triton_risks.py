@@ -80,9 +80,9 @@ def sizes_around_a_chunk() -> Iterator[str]:
 @case
 def only_empty_tensors() -> Iterator[str]:
     sums = interface.Sums()
-    stepped("adamw", [Followed("adamw", 0, seed=0)], {}, sums)
-    triton.update(RULES["adamw"], [], sums, {}, {})
-    triton.directions(RULES["muon"], [], [], {})
+    stepped("adamw", [Followed("adamw", 0, seed=0)], interface.Workspace(), sums)
+    triton.update(RULES["adamw"], [], sums, interface.Workspace(), None)
+    triton.directions(RULES["muon"], [], [], interface.Workspace())
     if [call.numbers.tolist() for call in sums.calls] != [[[0.0] * 4]]:
         yield f"{sums.calls}"
 
@@ -94,7 +94,7 @@ def one_launch_for_each_dtype_and_alignment() -> Iterator[str]:
         for k in range(40)
     ]
     with Recorder() as recorder:
-        stepped("adamw", some, {})
+        stepped("adamw", some, interface.Workspace())
     for one in some:
         yield from one.problems(f"{one.dtype} {one.offset}")
     found = sorted((str(o["X"]), o["VECTOR"], len(args[0])) for _, args, o in recorder.launches)
@@ -253,7 +253,7 @@ def directions_of_lengths_that_lie_badly() -> Iterator[str]:
             outs = torch.full((sum(g.numel() for g in grads),), torch.nan, dtype=dtype).split(
                 [g.numel() for g in grads]
             )
-            triton.directions(RULES["muon"], items, outs, {})
+            triton.directions(RULES["muon"], items, outs, interface.Workspace())
             for g, u in zip(grads, outs, strict=True):
                 if not torch.equal(u, g.to(dtype).flatten()):
                     yield f"{last}: {tuple(g.shape)} became {u}"
