@@ -136,7 +136,7 @@ def check(trainer: Any, name: str, device: str, steps: int) -> None:
     engine, optimizer, offload = trainer.deepspeed, innermost(trainer.optimizer), name.endswith("_offload")
     masters = list(optimizer.state)  # after a step of stage 3 the groups are empty
     # What travels between the CPU and the GPU.
-    staged = [t for exchange in optimizer.exchanges for t in exchange._staging._memory.values()]
+    staged = [t for exchange in optimizer.exchanges for t in exchange.staging._memory.values()]
     own = offload and device != "cpu"
     pairs = {
         "the engine's optimizer is ours": (engine.basic_optimizer is optimizer, True),

@@ -85,7 +85,10 @@ def _check(args: argparse.Namespace) -> None:
             if value <= 0:
                 raise ValueError(f"--{name} {value}: give at least 1")
     for model in args.model:
-        shapes_of(model)
+        try:
+            shapes_of(model)
+        except ValueError as error:
+            raise ValueError(f"--model {error}") from None
     if unknown := {*(args.candidates or ())} - {*candidates()}:
         raise ValueError(f"--candidates {', '.join(sorted(unknown))}: give some of {', '.join(candidates())}")
     if args.device == "cuda" and not torch.cuda.is_available() and not args.list:

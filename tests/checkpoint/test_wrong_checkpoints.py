@@ -26,7 +26,7 @@ from tests.support.tiny import tiny_data, tiny_llama
 RESET, OFF = "on_rule_change=reset", "cwd_verify=off"
 STEPS, SAVED = 6, 4
 NEW_STATES = f"{RESET}: CWD.* begins with new states at step {SAVED}, since "
-AS_IT_IS = r"To take it as it is now, give --optim_args cwd_verify=off"
+AS_IT_IS = r"To use it without verification, give --optim_args cwd_verify=off"
 
 
 def train(folder, *, optim="cwd_adamw", kind=Trainer, resume=None, lora=False, **options):

@@ -39,7 +39,7 @@ def test_enable_and_disable(tmp_path):
     assert files(environment) == FILES
     for name in FILES:
         assert f"wrote {environment.site_packages / name}\n" in first
-    assert f"{environment.python} now knows --optim cwd_adamw, cwd_lion" in first
+    assert f"Every script run by {environment.python} now has --optim cwd_adamw, cwd_lion" in first
     (environment.site_packages / FILES[1]).write_text("# an older version\n")
     environment.launch(*COMMAND, "enable")
     copied = (environment.site_packages / FILES[1]).read_text()

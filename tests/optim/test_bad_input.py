@@ -82,7 +82,7 @@ def test_options_of_the_exchange_are_those_of_rules_for_matrices():
 
 def test_a_rule_for_matrices_says_what_they_cost():
     muon = RULES["muon"]
-    with pytest.raises(ValueError, match="rule 'mine' has a matrix stage, and so needs matrix_flops, scale as well"):
+    with pytest.raises(ValueError, match="rule 'mine' has a matrix stage, and needs matrix_flops, scale as well"):
         replace(muon, name="mine", matrix_flops=None, scale=None)
 
 

@@ -10,7 +10,8 @@ import torch
 from material import LLAMA
 from transformers import LlamaConfig
 
-from tests.support.launching import ROOT, finish, free_port, start
+from tests.support.forking import free_port
+from tests.support.launching import ROOT, finish, start
 
 OPTIMIZERS = ["adamw_torch_fused", "cwd_adamw", "cwd_muon:nesterov=false", "cwd_lion:warp=9"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import ROOT, finish, finish_all, flags, free_port, start, write_material
+from tests.support.forking import free_port
+from tests.support.launching import ROOT, finish, finish_all, flags, start, write_material
 
 COMMANDS = Path(sysconfig.get_path("scripts"))
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/deepspeed").glob("*.json"))

@@ -14,7 +14,8 @@ import torch
 
 import hf_cwd
 from hf_cwd import launcher
-from tests.support.launching import ROOT, Environment, finish, flags, free_port, launch, start, write_material
+from tests.support.forking import free_port
+from tests.support.launching import ROOT, Environment, finish, flags, launch, start, write_material
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LAUNCHED = ("-m", "hf_cwd")

@@ -165,5 +165,5 @@ def test_the_report_reads_it(arguments):
     trainer.create_model_card()
     (Path(args.output_dir) / "cwd_run.json").unlink(missing_ok=True)
     (run,) = read([args.output_dir])
-    assert run.settings["optimizer"].startswith("CWD-SGD (hf_cwd")
-    assert "momentum=0.9" in run.settings["optimizer"]
+    assert run.settings.values["optimizer"].startswith("CWD-SGD (hf_cwd")
+    assert "momentum=0.9" in run.settings.values["optimizer"]
