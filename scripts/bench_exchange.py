@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, spawn
 
-from hf_cwd.distributed import dtensor, rank_groups
+from hf_cwd.distributed import dtensor, local_view, rank_groups
 from hf_cwd.distributed.build import Source, build
 from hf_cwd.distributed.exchange import Exchange
 from hf_cwd.distributed.matrix_stage import Stage
@@ -167,7 +167,9 @@ class ExchangeLoop(MatrixLoop):
 
 def exchanged(params: Sequence[Tensor], stage: Stage, args: argparse.Namespace) -> tuple[Exchange, Callable[[], None]]:
     """The exchange of these parameters, and one step of it that leaves them alone."""
-    sources = [Source(p, f"matrix {i}", MatrixLayout(), stage, torch.float32) for i, p in enumerate(params)]
+    sources = [
+        Source(local_view.of(p), f"matrix {i}", MatrixLayout(), stage, torch.float32) for i, p in enumerate(params)
+    ]
     exchange = build(sources, rank_groups.of(None), share=args.share, exchange_bytes=args.exchange_bytes)
     loop = ExchangeLoop(exchange, [dtensor.local(p).clone() for p in params])
     return exchange, lambda: loop.run(lambda: None)

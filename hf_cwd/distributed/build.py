@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from hf_cwd.distributed import collectives, deepspeed_zero, dtensor
-from hf_cwd.distributed.deepspeed_zero import FlatShard
 from hf_cwd.distributed.exchange import Exchange
-from hf_cwd.distributed.geometry import Mesh, check, everywhere
+from hf_cwd.distributed.flat_geometry import ShardedParam
+from hf_cwd.distributed.local_view import DTensorView, FlatView, LocalView
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.plan import Entry, flops_per_byte, plan
@@ -22,28 +21,21 @@ _logger = logging.getLogger("hf_cwd")
 
 
 class Source(NamedTuple):
-    """A parameter of a matrix rule, or a flat tensor with parts of several.
+    """A tensor of a matrix rule.
 
     Attributes:
-        param: the parameter, plain or a DTensor, or the flat tensor.
+        view: what this rank holds of it.
         name: for messages.
-        layout: which matrices it holds, or each of the parameters does.
+        layout: which matrices it holds, or each of the parameters in a flat tensor does.
         stage: what is done with them.
         direction: dtype that its direction is computed in.
-        flat: what lies in the flat tensor; None for a parameter.
     """
 
-    param: Tensor
+    view: LocalView
     name: str
     layout: MatrixLayout
     stage: Stage
     direction: torch.dtype
-    flat: FlatShard | None = None
-
-    @property
-    def numel(self) -> int:
-        """Elements that this rank has of it, without padding."""
-        return dtensor.local(self.param).numel() if self.flat is None else self.flat.numel
 
 
 def build(
@@ -67,17 +59,15 @@ def build(
         RuntimeError: another rank did not call it.
     """
     rank, device = alone().ranks[0], _device(sources, group)
-    meshes: dict[int, Mesh] = {}
     if group.together:
-        meshes = _agreed(sources, rank, group, device, (share, exchange_bytes))
+        params = _agreed(sources, rank, group, device, (share, exchange_bytes))
     else:
+        params = _sharded_params(sources, group)
         _prove_flat(sources, lambda flags: flags)
     entries = []
-    for i, (param, name, layout, stage, direction, flat) in enumerate(sources):
-        wire = stage.wire(direction, device.type)
-        whole = (name, tuple(param.shape), meshes.get(i) or everywhere(group.ranks), 0)
-        held = [whole] if flat is None else flat.params
-        entries += [Entry(own, shape, layout, how, stage, wire, i, offset) for own, shape, how, offset in held]
+    for i, (source, own) in enumerate(zip(sources, params, strict=True)):
+        wire = source.stage.wire(source.direction, device.type)
+        entries += [Entry(p.name, p.shape, source.layout, p.sharding, source.stage, wire, i, p.offset) for p in own]
     planned = plan(entries, share=share, exchange_bytes=exchange_bytes, balance=flops_per_byte(device.type))
     exchange, problem = None, None
     try:
@@ -85,11 +75,11 @@ def build(
             planned,
             rank,
             group,
-            local_sizes=[source.numel for source in sources],
+            local_sizes=[source.view.numel for source in sources],
             device=device,
             batch_bytes=0 if device.type == "cpu" else exchange_bytes,  # batches save launches, and nothing on a CPU
             staging=staging or Staging(),
-            padded=[i for i, s in enumerate(sources) if s.flat is not None and s.numel < s.param.numel()],
+            padded=[i for i, s in enumerate(sources) if s.view.is_flat and s.view.numel < s.view.param.numel()],
         )
     except ValueError as error:
         problem = error
@@ -115,29 +105,28 @@ def build(
 def _device(sources: Sequence[Source], group: RankGroup) -> torch.device:
     """Where matrices are gathered and orthogonalised: where the process group communicates."""
     for source in sources:
-        if source.flat is not None:
-            return source.flat.device
-        if dtensor.is_dtensor(source.param):
-            return dtensor.device(source.param)
-    device = sources[0].param.device
+        if type(source.view) is not LocalView:
+            return source.view.device
+    device = sources[0].view.device
     if group.together and f"{device.type}:" not in dist.get_backend_config(group.process_group):
         return dtensor.current_device(torch.accelerator.current_accelerator().type)
     return device
 
 
+def _sharded_params(sources: Sequence[Source], group: RankGroup) -> list[Sequence[ShardedParam]]:
+    return [source.view.sharded_params(source.name, group) for source in sources]
+
+
 def _agreed(
     sources: Sequence[Source], rank: int, group: RankGroup, device: torch.device, options: tuple[str, int]
-) -> dict[int, Mesh]:
-    """The meshes of the DTensors, once all ranks have the same parameters and every layout has been proven."""
-    meshes, problem, together = {}, None, group.process_group
+) -> list[Sequence[ShardedParam]]:
+    """What lies in each source, once all ranks have the same parameters and every layout has been proven."""
+    params, problem, together = [], None, group.process_group
     try:
-        meshes = {i: _mesh(source) for i, source in enumerate(sources) if dtensor.is_dtensor(source.param)}
+        params = _sharded_params(sources, group)
     except ValueError as error:
         problem = error
-    described = []
-    for i, source in enumerate(sources):
-        held = (source.name, source.param.shape, meshes.get(i)) if source.flat is None else source.flat.params
-        described.append((held, source.layout, source.stage, source.direction))
+    described = [(own, s.layout, s.stage, s.direction) for own, s in zip(params, sources, strict=not problem)]
     fine, count, options_alike, alike = collectives.same(
         [problem is None, len(sources), collectives.digest(options), collectives.digest(described)], device, together
     )
@@ -155,40 +144,35 @@ def _agreed(
         )
 
     _prove_flat(sources, lambda flags: collectives.everybody(flags, device, together))
-    kinds = {(tuple(sources[i].param.shape), mesh): i for i, mesh in reversed(meshes.items())}
-    told = [collectives.is_cut_as_told(sources[i].param, meshes[i], rank) for i in kinds.values()]
-    for i, is_true in zip(kinds.values(), collectives.everybody(told, device, together), strict=True):
-        if not is_true:
+    _prove_dtensors(sources, params, rank, lambda flags: collectives.everybody(flags, device, together))
+    return params
+
+
+OnAll = Callable[[list[bool]], list[bool]]  # for each flag, whether it is set on all ranks
+
+
+def _prove_flat(sources: Sequence[Source], on_all: OnAll) -> None:
+    """Raises ValueError, on all ranks, if some flat tensor does not hold the weights that it is expected to hold."""
+    for view in (source.view for source in sources):
+        if isinstance(view, FlatView):
+            proven = on_all(deepspeed_zero.are_weights(view.shard, view.param))
+            for param, is_proven in zip(view.shard.params, proven, strict=True):
+                if not is_proven:
+                    raise ValueError(view.misplaced(param))
+
+
+def _prove_dtensors(
+    sources: Sequence[Source], params: Sequence[Sequence[ShardedParam]], rank: int, on_all: OnAll
+) -> None:
+    """Raises ValueError, on all ranks, if some DTensor is not cut as its placements say: one of each layout."""
+    layouts = {}
+    for source, own in zip(sources, params, strict=True):
+        if isinstance(source.view, DTensorView):
+            layouts.setdefault((own[0].shape, own[0].sharding), source)
+    proven = on_all([collectives.is_cut_as_told(s.view.param, mesh, rank) for (_, mesh), s in layouts.items()])
+    for source, is_proven in zip(layouts.values(), proven, strict=True):
+        if not is_proven:
             raise ValueError(
-                f"{sources[i].name} is not cut as its placements {sources[i].param.placements} say: its parts do not "
+                f"{source.name} is not cut as its placements {source.view.param.placements} say: its parts do not "
                 "lie where its full tensor has them"
             )
-    return meshes
-
-
-def _prove_flat(sources: Sequence[Source], on_all: Callable[[list[bool]], list[bool]]) -> None:
-    """Raises ValueError, on all ranks, where some flat tensor does not hold the weights that it is taken for.
-
-    Args:
-        on_all: for each flag, whether it is set on all ranks.
-    """
-    for source in sources:
-        if source.flat is not None:
-            told = on_all(deepspeed_zero.are_weights(source.flat, source.param))
-            for param, is_true in zip(source.flat.params, told, strict=True):
-                if not is_true:
-                    raise ValueError(
-                        f"{param.name} of shape {param.shape} does not lie where DeepSpeed {deepspeed_zero.version()} "
-                        "is taken to keep it in its flat tensors: those do not hold its weights (tested: "
-                        f"{deepspeed_zero.TESTED}). "
-                        "Nothing has been changed. Use one of those versions, or an element-wise rule (cwd_adamw)"
-                    )
-
-
-def _mesh(source: Source) -> Mesh:
-    try:
-        mesh = dtensor.mesh_of(source.param)
-        check(tuple(source.param.shape), mesh)
-    except ValueError as error:
-        raise ValueError(f"{source.name} is a DTensor in a layout that is not supported: {error}") from None
-    return mesh

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_cwd.distributed.flat_geometry import Held, Line
-from hf_cwd.distributed.geometry import Shape
+from hf_cwd.distributed.flat_geometry import FlatSharding, ShardedParam
 
 TESTED = "0.19.0 to 0.19.8"  # versions of DeepSpeed
 
@@ -41,7 +40,7 @@ class FlatShard:
         device: that of the model, where its ranks communicate.
     """
 
-    params: tuple[Held, ...]
+    params: tuple[ShardedParam, ...]
     fragments: tuple[Fragment, ...]
     tensors: tuple[Tensor, ...]
     device: torch.device
@@ -79,11 +78,6 @@ def pick(flat: Tensor, extents: Sequence[tuple[int, int]]) -> list[Tensor]:
         sizes += [offset - place, numel]
         place = offset + numel
     return list(flat.detach().split([*sizes, flat.numel() - place]))[1::2]
-
-
-def full_shape(param: Tensor) -> Shape:
-    """The shape of a parameter, which is empty while stage 3 has it in parts."""
-    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def is_sharded(params: Sequence[Tensor]) -> bool:
@@ -153,18 +147,18 @@ def _reading_deepspeed() -> Iterator[None]:
         ) from error
 
 
-def _by_stage_3(flat: Tensor, params: Sequence[tuple[Tensor, str]]) -> list[tuple[Tensor, Held]]:
+def _by_stage_3(flat: Tensor, params: Sequence[tuple[Tensor, str]]) -> list[tuple[Tensor, ShardedParam]]:
     held = []
     for p, name in params:
         keeper = p._z3_optimizer
         sub_group, offset, part = keeper.grad_position[keeper.get_param_id(p)]
         if keeper.fp32_partitioned_groups_flat[sub_group] is flat:
             world = _world(p.ds_process_group, name)
-            held.append((p, Held(name, full_shape(p), Line(world, part), offset)))
+            held.append((p, ShardedParam(name, tuple(p.ds_shape), FlatSharding(world, part), offset)))
     return held
 
 
-def _by_stages_1_2(flat: Tensor, params: Sequence[tuple[Tensor, str]]) -> list[tuple[Tensor, Held]]:
+def _by_stages_1_2(flat: Tensor, params: Sequence[tuple[Tensor, str]]) -> list[tuple[Tensor, ShardedParam]]:
     """A group's parameters are views of one buffer, of which each rank updates an equal part.
 
     DeepSpeed's own table of it, ``_hp_mapping``, is wrong with ``round_robin_gradients``.
@@ -176,7 +170,7 @@ def _by_stages_1_2(flat: Tensor, params: Sequence[tuple[Tensor, str]]) -> list[t
         begin = (p.data_ptr() - first) // p.element_size()
         if not 0 <= begin <= world * flat.numel() - p.numel():
             raise ValueError(f"{name} lies outside of the buffer that DeepSpeed cuts into flat tensors")
-        held.append((p, Held(name, tuple(p.shape), Line(world, flat.numel(), begin), 0)))
+        held.append((p, ShardedParam(name, tuple(p.shape), FlatSharding(world, flat.numel(), begin), 0)))
     return held
 
 

@@ -9,7 +9,7 @@ from hf_cwd.distributed.geometry import Piece, Shape
 
 
 @dataclass(frozen=True)
-class Line:
+class FlatSharding:
     """A flattened tensor that begins at element ``begin`` of a line, which is cut into parts: each rank has one.
 
     Attributes:
@@ -18,8 +18,8 @@ class Line:
         begin: where the tensor begins.
 
     Example:
-        >>> from hf_cwd.distributed.flat_geometry import Line
-        >>> [(p.start, p.size) for p in Line(world=2, part=7).pieces((4, 3), 0)]
+        >>> from hf_cwd.distributed.flat_geometry import FlatSharding
+        >>> [(p.start, p.size) for p in FlatSharding(world=2, part=7).pieces((4, 3), 0)]
         [((0, 0), (2, 3)), ((2, 0), (1, 1))]
     """
 
@@ -79,7 +79,7 @@ def _in_row(shape: Shape, index: int, start: int, stop: int) -> list[tuple[Shape
     return [((index, *first), (1, *size)) for first, size in found]
 
 
-class Held(NamedTuple):
+class ShardedParam(NamedTuple):
     """A parameter of which parts lie in flat shards.
 
     Attributes:
@@ -91,30 +91,30 @@ class Held(NamedTuple):
 
     name: str
     shape: Shape
-    sharding: Line
+    sharding: FlatSharding
     offset: int
 
 
-def stages_1_2(shapes: Sequence[tuple[str, Shape]], world: int) -> list[Held]:
+def stages_1_2(shapes: Sequence[tuple[str, Shape]], world: int) -> list[ShardedParam]:
     """The parameters of one group, in order, as stages 1 and 2 lay them out: in one flat tensor."""
     align = 2 * world  # parts begin at multiples of 4 bytes, in 16 bits an element
     part = ceil(sum(prod(shape) for _, shape in shapes) / align) * 2
     result, begin = [], 0
     for name, shape in shapes:
-        result.append(Held(name, shape, Line(world, part, begin), 0))
+        result.append(ShardedParam(name, shape, FlatSharding(world, part, begin), 0))
         begin += prod(shape)
     return result
 
 
-def stage_3(shapes: Sequence[tuple[str, Shape]], world: int, sub_group_size: int) -> list[list[Held]]:
+def stage_3(shapes: Sequence[tuple[str, Shape]], world: int, sub_group_size: int) -> list[list[ShardedParam]]:
     """The parameters of one group, in order, as stage 3 lays them out: in a flat tensor for each sub-group."""
-    result: list[list[Held]] = [[]]
+    result: list[list[ShardedParam]] = [[]]
     offset = 0
     for name, shape in shapes:
         if offset >= sub_group_size:
             result.append([])
             offset = 0
         part = ceil(prod(shape) / world)
-        result[-1].append(Held(name, shape, Line(world, part), offset))
+        result[-1].append(ShardedParam(name, shape, FlatSharding(world, part), offset))
         offset += part
     return result

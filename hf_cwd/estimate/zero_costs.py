@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_cwd.distributed.flat_geometry import Held, stage_3, stages_1_2
+from hf_cwd.distributed.flat_geometry import ShardedParam, stage_3, stages_1_2
 from hf_cwd.distributed.geometry import Shape
 from hf_cwd.distributed.plan import Entry
 from hf_cwd.estimate.costs import Group, RankMemory
@@ -33,7 +33,7 @@ class FlatTensor(NamedTuple):
     """
 
     group: Group
-    params: list[Held]
+    params: list[ShardedParam]
     numel: int
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_cwd import kernels
-from hf_cwd.distributed import rank_groups, replicas
+from hf_cwd.distributed import local_view, rank_groups, replicas
 from hf_cwd.distributed.build import Source, build
 from hf_cwd.distributed.collectives import digest
-from hf_cwd.distributed.deepspeed_zero import FlatShard
-from hf_cwd.distributed.dtensor import is_dtensor, local, local_grad
 from hf_cwd.distributed.exchange import Exchange, Matrices
+from hf_cwd.distributed.local_view import LocalView
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
 from hf_cwd.distributed.plan import EXCHANGE, Entry, Plan
@@ -25,7 +24,7 @@ from hf_cwd.distributed.schedule import Batch, Round
 from hf_cwd.kernels.eager import wide
 from hf_cwd.kernels.interface import Item, Settings, Workspace
 from hf_cwd.newton_schulz.matrices import MatrixLayout
-from hf_cwd.optim.original_params import Origins
+from hf_cwd.optim.original_params import OriginalParams
 from hf_cwd.optim.state import advance, pieces
 from hf_cwd.optim.statistics import StepStatistics
 from hf_cwd.rules import RULES, Rule
@@ -38,18 +37,23 @@ if TYPE_CHECKING:
 States = Mapping[Tensor, MutableMapping[str, Tensor]]
 
 
-class Member(NamedTuple):
-    """A parameter of a matrix rule, with or without a gradient, its group, and the group's settings in this step.
+class MatrixParam(NamedTuple):
+    """A tensor in a group of a matrix rule, with or without a gradient.
 
-    ``position`` is its place in the group. Of DeepSpeed's flat tensors, ``flat`` says what lies in them; it is None for
-    a parameter.
+    Attributes:
+        view: what this rank holds of it.
+        position: its place in the group.
+        settings: the group's in this step.
     """
 
-    param: Tensor
+    view: LocalView
     position: int
     group: Mapping[str, Any]
     settings: Settings
-    flat: FlatShard | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.view.param
 
     @property
     def rule(self) -> Rule:
@@ -60,13 +64,13 @@ class Member(NamedTuple):
         return MatrixLayout() if self.group["layout"] is None else MatrixLayout(**self.group["layout"])
 
 
-class _Kind(NamedTuple):
-    """What the kernels are told of a member.
+class _KernelSpec(NamedTuple):
+    """What the kernels are told of a tensor.
 
     Attributes:
         rule: its rule.
         dtype: of its directions: that in which they travel and are orthogonalised.
-        scales: factors on its direction: a parameter's, or those of a flat tensor's fragments. Matrices of one
+        scales: factors on its direction: a parameter's, or those of the parts in a flat tensor. Matrices of one
             parameter can differ in shape, and so in scale: theirs is in the direction already.
     """
 
@@ -81,16 +85,16 @@ class PreparedExchange:
 
     Attributes:
         made_for: what it depends on, of each parameter; another value takes another exchange.
-        kinds: what the kernels are told of each.
+        specs: what the kernels are told of each.
         shared: parameters of which one rank works for several replicas.
-        numbers: the places of its parameters among the members.
+        numbers: the places of its parameters among all that the optimizer steps.
         steps: how many it has made.
-        workspaces: of the kernels, by the first member of a call.
+        workspaces: of the kernels, by the first parameter of a call.
     """
 
     made_for: list[tuple[int, Stage, MatrixLayout]]
     exchange: Exchange
-    kinds: list[_Kind]
+    specs: list[_KernelSpec]
     shared: list[Entry]
     numbers: list[int] = field(default_factory=list)
     steps: int = 0
@@ -105,16 +109,16 @@ class MatrixStep:
     "always".
 
     Args:
-        origins: those of the optimizer's groups.
+        originals: what the optimizer's groups were made of.
         share, exchange_bytes: see :func:`hf_cwd.distributed.plan.plan`.
         process_group: the ranks that hold plain tensors as replicas; None is the world.
     """
 
     def __init__(
-        self, origins: Origins, *, share: str, exchange_bytes: int, process_group: "ProcessGroup | None" = None
+        self, originals: OriginalParams, *, share: str, exchange_bytes: int, process_group: "ProcessGroup | None" = None
     ) -> None:
         self.share, self.exchange_bytes = share, exchange_bytes
-        self._origins = origins
+        self._originals = originals
         self._replica_group = None if process_group is None else rank_groups.of(process_group)
         self._replicated: frozenset[Tensor] = frozenset()
         self._staging = Staging()
@@ -122,13 +126,13 @@ class MatrixStep:
         self._prepared: dict[int, tuple[Any, list[PreparedExchange]]] = {}
 
     @classmethod
-    def of(cls, origins: Origins, rule: Rule, options: dict[str, Any]) -> "MatrixStep":
+    def of(cls, originals: OriginalParams, rule: Rule, options: dict[str, Any]) -> "MatrixStep":
         """Takes its arguments out of an optimizer's ``options``; only those of a rule for matrices may have them."""
         if rule.matrix is None:
-            return cls(origins, **{name: kind.default for name, kind in EXCHANGE.items()})
+            return cls(originals, **{name: kind.default for name, kind in EXCHANGE.items()})
         given = {name: options.pop(name, kind.default) for name, kind in EXCHANGE.items()}
         values = {name: checked(rule.name, name, EXCHANGE[name], value) for name, value in given.items()}
-        return cls(origins, process_group=options.pop("process_group", None), **values)
+        return cls(originals, process_group=options.pop("process_group", None), **values)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group is not to be copied or pickled, and other parameters are not known to be replicated.
@@ -148,7 +152,7 @@ class MatrixStep:
 
     def __call__(
         self,
-        members: Sequence[Member],
+        params: Sequence[MatrixParam],
         states: States,
         statistics: StepStatistics | None,
         meanwhile: Callable[[], None],
@@ -156,7 +160,7 @@ class MatrixStep:
         """One step.
 
         Args:
-            members: of each group of ranks, equal on all of them.
+            params: of each group of ranks, equal on all of them.
             states: the optimizer's.
             statistics: of this step, if they are wanted.
             meanwhile: work that needs no matrix, done while the first parts travel.
@@ -165,86 +169,83 @@ class MatrixStep:
             ValueError: replicas that are none; nothing has changed then.
             RuntimeError: another rank ended, or did not call it.
         """
-        prepared = self.prepare(members)
+        prepared = self.prepare(params)
         for one in prepared:
             if one.shared and one.steps % replicas.EVERY == 0:
-                _compare(one, members, states)
+                _compare(one, params, states)
             one.steps += 1
         first = next((one for one in prepared if one.exchange.plan.rounds), prepared[0])
         for one in prepared:
-            loop = MatrixLoop(one, members, self._origins, states, statistics)
+            loop = MatrixLoop(one, params, self._originals, states, statistics)
             loop.run(meanwhile if one is first else _nothing)
 
-    def prepare(self, members: Sequence[Member]) -> list[PreparedExchange]:
+    def prepare(self, params: Sequence[MatrixParam]) -> list[PreparedExchange]:
         """The exchanges of these, one for each group of ranks, in the order in which all ranks go through groups.
 
         They are made before the first step, since FSDP2 swaps parameters, and again after a change.
         """
         stages = []
-        for _, some in groupby(members, lambda member: id(member.group)):
+        for _, some in groupby(params, lambda param: id(param.group)):
             first, *others = some
             stages.append((Stage.of(first.rule.name, dict(first.settings.hyper)), first.layout, 1 + len(others)))
-        wanted = ([id(member.param) for member in members], stages)
-        place = id(members[0].param)
+        wanted = ([id(param.tensor) for param in params], stages)
+        place = id(params[0].tensor)
         old, exchanges = self._prepared.get(place, (None, []))
         if old == wanted:
             return exchanges
-        known = {one.exchange.group: one for one in exchanges}
+        by_group = {one.exchange.group: one for one in exchanges}
         each = [stage for *stage, count in stages for _ in range(count)]
-        meshes = rank_groups.of_meshes(m.param.device_mesh for m in members if is_dtensor(m.param))
-        together: dict[RankGroup, list[int]] = {}
-        for number, member in enumerate(members):
-            together.setdefault(self._group_of(member, meshes), []).append(number)
         result = []
-        for group, numbers in sorted(together.items()):
-            made_for = [(id(members[number].param), *each[number]) for number in numbers]
-            if group not in known or known[group].made_for != made_for:
-                known[group] = self._made([members[number] for number in numbers], group, made_for)
-            known[group].numbers = numbers
-            result.append(known[group])
-        if members[0].flat is None:
+        for group, numbers in self._together(params):
+            made_for = [(id(params[number].tensor), *each[number]) for number in numbers]
+            if group not in by_group or by_group[group].made_for != made_for:
+                by_group[group] = self._made([params[number] for number in numbers], group, made_for)
+            by_group[group].numbers = numbers
+            result.append(by_group[group])
+        if not params[0].view.is_flat:
             self._prepared.clear()
         self._prepared[place] = (wanted, result)
         return result
 
-    def _group_of(self, member: Member, meshes: Mapping[Any, RankGroup]) -> RankGroup:
-        """The ranks that hold parts or replicas of a member."""
-        if member.flat is not None:
-            return rank_groups.of(None)
-        if is_dtensor(member.param):
-            return meshes[member.param.device_mesh]
-        if self.share == "always" or (self.share == "auto" and member.param in self._replicated):
-            return self._replica_group or rank_groups.of(None)
-        return rank_groups.alone()
+    def _together(self, params: Sequence[MatrixParam]) -> list[tuple[RankGroup, list[int]]]:
+        """The groups of ranks that hold parts or replicas, in order, each with the places of its parameters."""
+        meshes = local_view.of_meshes([param.view for param in params])
+        numbers: dict[RankGroup, list[int]] = {}
+        for number, param in enumerate(params):
+            is_replica = self.share == "always" or (self.share == "auto" and param.tensor in self._replicated)
+            group = param.view.ranks(meshes)
+            if is_replica and type(param.view) is LocalView:
+                group = self._replica_group or rank_groups.of(None)
+            numbers.setdefault(group, []).append(number)
+        return sorted(numbers.items())
 
     def _made(
-        self, members: Sequence[Member], group: RankGroup, made_for: list[tuple[int, Stage, MatrixLayout]]
+        self, params: Sequence[MatrixParam], group: RankGroup, made_for: list[tuple[int, Stage, MatrixLayout]]
     ) -> PreparedExchange:
         sources = [
             Source(
-                member.param,
-                self._origins.describe(member.param, member.position, member.group),
+                param.view,
+                self._originals.describe(param.tensor, param.position, param.group),
                 layout,
                 stage,
-                wide(member.param.dtype),
-                member.flat,
+                wide(param.tensor.dtype),
             )
-            for member, (_, stage, layout) in zip(members, made_for, strict=True)
+            for param, (_, stage, layout) in zip(params, made_for, strict=True)
         ]
         exchange = build(sources, group, share=self.share, exchange_bytes=self.exchange_bytes, staging=self._staging)
-        kinds = [_kind(m, s.stage, exchange.device.type) for m, s in zip(members, sources, strict=True)]
-        return PreparedExchange(made_for, exchange, kinds, replicas.shared_entries(exchange.plan))
+        specs = [_kernel_spec(p, s.stage, exchange.device.type) for p, s in zip(params, sources, strict=True)]
+        return PreparedExchange(made_for, exchange, specs, replicas.shared_entries(exchange.plan))
 
 
-def _compare(prepared: PreparedExchange, members: Sequence[Member], states: States) -> None:
+def _compare(prepared: PreparedExchange, params: Sequence[MatrixParam], states: States) -> None:
     """Compares what directions are going to be computed from, of the replicas that one rank works for."""
     tensors: dict[int, dict[str, Tensor | None]] = {}
     for source in (entry.source for entry in prepared.shared):
-        member = members[prepared.numbers[source]]
-        param, kept = member.param, states.get(member.param, {})
-        tensors[source] = {"weights": local(param), "gradients": None if param.grad is None else local_grad(param)}
-        for key in member.rule.state_keys(member.group):
-            tensors[source][f"states {key}"] = local(kept[key]) if key in kept else None
+        param = params[prepared.numbers[source]]
+        view, state = param.view, states.get(param.tensor, {})
+        tensors[source] = {"weights": view.local(param.tensor), "gradients": view.local_grad()}
+        for key in param.rule.state_keys(param.group):
+            tensors[source][f"states {key}"] = view.local(state[key]) if key in state else None
     exchange = prepared.exchange
     replicas.compare(
         prepared.shared, tensors, rank=rank_groups.alone().ranks[0], group=exchange.group, device=exchange.device
@@ -252,26 +253,26 @@ def _compare(prepared: PreparedExchange, members: Sequence[Member], states: Stat
 
 
 class MatrixLoop:
-    """One step of the members of one exchange. Every rank of its group must run it.
+    """One step of the parameters of one exchange. Every rank of its group must run it.
 
     Args:
         prepared: the exchange.
-        members: all that the optimizer steps.
-        origins, states, statistics: the optimizer's.
+        params: all that the optimizer steps.
+        originals, states, statistics: the optimizer's.
     """
 
     def __init__(
         self,
         prepared: PreparedExchange,
-        members: Sequence[Member],
-        origins: Origins,
+        params: Sequence[MatrixParam],
+        originals: OriginalParams,
         states: States,
         statistics: StepStatistics | None,
     ) -> None:
-        self._exchange, self._kinds, self._workspaces = prepared.exchange, prepared.kinds, prepared.workspaces
-        self._members = [members[number] for number in prepared.numbers]
-        self._origins, self._states, self._statistics = origins, states, statistics
-        self._present = [member.param.grad is not None for member in self._members]
+        self._exchange, self._specs, self._workspaces = prepared.exchange, prepared.specs, prepared.workspaces
+        self._params = [params[number] for number in prepared.numbers]
+        self._originals, self._states, self._statistics = originals, states, statistics
+        self._present = [param.tensor.grad is not None for param in self._params]
         self._items: dict[int, list[Item]] = {}  # by source, from its direction to its update
         self._sampled: tuple[int, tuple[int, int]] | None = None
 
@@ -336,12 +337,12 @@ class MatrixLoop:
         self._advance(sources)
         directions: dict[int, Tensor] = {}
         for i in sources:
-            param, out = local(self._members[i].param), outs.get(i)
-            if out is None or out.device != param.device:  # offloaded: matrices are not where the parameter is
-                out = self._exchange.new_part(i, param, self._kinds[i].dtype)
-            directions[i] = out.view(param.shape)
-        for rule, dtype in dict.fromkeys((self._kinds[i].rule, directions[i].dtype) for i in sources):
-            alike = [i for i in sources if (self._kinds[i].rule, directions[i].dtype) == (rule, dtype)]
+            part, out = self._local(i), outs.get(i)
+            if out is None or out.device != part.device:  # offloaded: matrices are not where the parameter is
+                out = self._exchange.new_part(i, part, self._specs[i].dtype)
+            directions[i] = out.view(part.shape)
+        for rule, dtype in dict.fromkeys((self._specs[i].rule, directions[i].dtype) for i in sources):
+            alike = [i for i in sources if (self._specs[i].rule, directions[i].dtype) == (rule, dtype)]
             items = [item for i in alike for item in self._items[i]]
             cut = [out for i in alike for out in self._cut(i, directions[i])]
             kernels.directions(rule, items, cut, self._workspaces[alike[0]], self._describe)
@@ -349,14 +350,13 @@ class MatrixLoop:
 
     def _advance(self, sources: Sequence[int]) -> None:
         """Counts a step of each source, and keeps what the kernels are given of it."""
-        members = self._members
-        for _, some in groupby(sources, lambda i: id(members[i].group)):
+        params = self._params
+        for _, some in groupby(sources, lambda i: id(params[i].group)):
             some = list(some)
-            first = members[some[0]]
-            advanced = advance(self._states, [members[i].param for i in some], first.group, first.settings)
+            first = params[some[0]]
+            advanced = advance(self._states, [params[i].view for i in some], first.group, first.settings)
             for i, item in zip(some, advanced, strict=True):
-                flat = members[i].flat
-                self._items[i] = [item] if flat is None else pieces(item, flat.places)
+                self._items[i] = pieces(item, params[i].view.split)
 
     def _orthogonalize_resident(self, rounds: Sequence[Round], sources: Sequence[int] = ()) -> None:
         """Orthogonalises matrices that do not move, once there are directions of ``sources``.
@@ -399,28 +399,29 @@ class MatrixLoop:
         for i in sources:
             items += self._items.pop(i)
             directions += self._cut(i, self._step.parts.pop(i))
-        scales = [scale for i in sources for scale in self._kinds[i].scales]
+        scales = [scale for i in sources for scale in self._specs[i].scales]
         kernels.apply(items, directions, scales, self._statistics, self._workspaces[sources[0]], self._describe)
 
     def _cut(self, source: int, direction: Tensor) -> list[Tensor]:
         """A source's direction, cut as its items are."""
-        flat, param = self._members[source].flat, self._members[source].param
-        return [direction.view(local(param).shape)] if flat is None else flat.cut(direction.view(-1))
+        return self._params[source].view.split(direction.view(self._local(source).shape))
 
-    def _describe(self, param: Tensor) -> str:
-        member = next(member for member in self._members if member.param is param)
-        return self._origins.describe(param, member.position, member.group)
+    def _local(self, source: int) -> Tensor:
+        view = self._params[source].view
+        return view.local(view.param)
+
+    def _describe(self, tensor: Tensor) -> str:
+        param = next(param for param in self._params if param.tensor is tensor)
+        return self._originals.describe(tensor, param.position, param.group)
 
 
 def _nothing() -> None:
     pass
 
 
-def _kind(member: Member, stage: Stage, device: str) -> _Kind:
-    flat, p = member.flat, member.param
-    shapes = [tuple(p.shape)] if flat is None else [flat.params[fragment.param].shape for fragment in flat.fragments]
-    scales = tuple(stage.scale(shape) if member.layout == MatrixLayout() else 1.0 for shape in shapes)
-    return _Kind(member.rule, stage.wire(wide(p.dtype), device), scales)
+def _kernel_spec(param: MatrixParam, stage: Stage, device: str) -> _KernelSpec:
+    scales = tuple(stage.scale(shape) if param.layout == MatrixLayout() else 1.0 for shape in param.view.shapes)
+    return _KernelSpec(param.rule, stage.wire(wide(param.tensor.dtype), device), scales)
 
 
 def _sampled(plan: Plan, sample: int) -> tuple[int, tuple[int, int]]:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_cwd import kernels
-from hf_cwd.distributed.deepspeed_zero import full_shape
 from hf_cwd.distributed.exchange import Exchange
+from hf_cwd.distributed.local_view import full_shape
 from hf_cwd.distributed.plan import EXCHANGE
-from hf_cwd.kernels.interface import Settings
 from hf_cwd.optim import state
-from hf_cwd.optim.matrix_step import MatrixStep, Member
-from hf_cwd.optim.original_params import Origins
+from hf_cwd.optim.matrix_step import MatrixParam, MatrixStep
+from hf_cwd.optim.original_params import OriginalParams
 from hf_cwd.optim.param_groups import ROUTED_NAMES, as_group, as_groups, check_shared
 from hf_cwd.optim.state_dict import Overruled, adopt, only_initialises, overruled, restore_dtypes
 from hf_cwd.optim.statistics import StepStatistics
@@ -122,8 +121,8 @@ class CWDOptimizer(torch.optim.Optimizer):
         self.reset_because: str | None = None
         self.overruled: list[Overruled] | None = None
         self._is_prepared = False
-        self._origins = Origins()
-        self._matrix_step = MatrixStep.of(self._origins, rule, options)
+        self._originals = OriginalParams()
+        self._matrix_step = MatrixStep.of(self._originals, rule, options)
         self._workspace = kernels.Workspace()
         self._kept: dict[Rule, state.Kept | None] = {}
         more = ("on_rule_change", *((*EXCHANGE, "process_group") if rule.matrix is not None else ()))
@@ -139,7 +138,7 @@ class CWDOptimizer(torch.optim.Optimizer):
             announce(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("companions", "on_rule_change", "reset_because", "overruled", "_origins", "_matrix_step")
+        own = ("companions", "on_rule_change", "reset_because", "overruled", "_originals", "_matrix_step")
         return (
             super().__getstate__()
             | {name: getattr(self, name) for name in own}
@@ -188,12 +187,12 @@ class CWDOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         for name in foreign:
             del group[name]
-        self._origins.add(group, names)
+        self._originals.add(group, names)
         try:
             self._check_group(group, number)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
-            self._origins.pop()
+            self._originals.pop()
             raise
 
     def _check_group(self, group: dict[str, Any], number: int) -> None:
@@ -205,7 +204,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         if rule.matrix is not None:
             group.setdefault("layout", None)
         for position, p in enumerate(group["params"]):
-            name, shape = self._origins.describe(p, position, group), full_shape(p)
+            name, shape = self._originals.describe(p, position, group), full_shape(p)
             if torch.is_complex(p):
                 raise RuntimeError(
                     f"{name} is complex: a sign, and so a cautious mask, is defined for real numbers only"
@@ -252,7 +251,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         works = self._checked()
         if not self._is_prepared:
             check_masters(self.param_groups)
-            self._prepare_flat()
+            self._prepare_hidden()
             self._is_prepared = True
         if only_initialises(self):
             for group in self.param_groups:
@@ -260,12 +259,12 @@ class CWDOptimizer(torch.optim.Optimizer):
                     if p.grad is not None:
                         state.make(self.state[p], p, group)
             return loss
-        if members := self._members():
-            self._matrix_step(members, self.state, self.statistics, lambda: self._step_elementwise(works))
+        if params := self._matrix_params():
+            self._matrix_step(params, self.state, self.statistics, lambda: self._step_elementwise(works))
         else:
             self._step_elementwise(works)
         if self.statistics is not None:
-            self.statistics.settle(self.param_groups, self._origins)
+            self.statistics.settle(self.param_groups, self._originals)
         return loss
 
     def _checked(self) -> list[_Elementwise]:
@@ -287,40 +286,37 @@ class CWDOptimizer(torch.optim.Optimizer):
 
     def _check_tensors(self, rule: Rule, group: dict[str, Any]) -> None:
         for position, p in enumerate(group["params"]):
-            found = problem(
+            reason = problem(
                 p,
                 state.held(self.state, p, group),
-                needs_matrices=rule.matrix is not None and self._origins.flat(p, group) is None,
+                needs_matrices=rule.matrix is not None and not self._originals.view(p, group).is_flat,
                 has_master=has_remainder(group, p.dtype),
             )
-            if found is not None:
-                raise RuntimeError(f"{self._origins.describe(p, position, group)} {found}")
+            if reason is not None:
+                raise RuntimeError(f"{self._originals.describe(p, position, group)} {reason}")
 
-    def _prepare_flat(self) -> None:
-        """Looks at all of DeepSpeed's flat tensors, which it shows one by one, before the first of them is changed."""
+    def _prepare_hidden(self) -> None:
+        """Prepares all flat tensors before the first is changed: DeepSpeed may show the optimizer one at a time."""
 
         def needs(group: dict[str, Any]) -> bool:
             return _rule(group["algorithm"]).matrix is not None
 
-        flats = self._origins.flat_tensors(needs)
+        flats = self._originals.flat_views(needs)
         shown = {p for group in self.param_groups for p in group["params"]}
-        for group, p in flats:
-            if needs(group) and not shown.issuperset(p for _, p in flats):
-                self._matrix_step.prepare([self._member(p, 0, group, state.settings(group))])
-        for group, p in flats:  # stages 1 and 2 link the states of all groups after the first one's step
-            state.make(self.state[p], p, group)
+        for group, view in flats:
+            if needs(group) and not shown.issuperset(view.param for _, view in flats):
+                self._matrix_step.prepare([MatrixParam(view, 0, group, state.settings(group))])
+        for group, view in flats:  # stages 1 and 2 link the states of all groups after the first one's step
+            state.make(self.state[view.param], view.param, group)
 
-    def _member(self, p: Tensor, position: int, group: dict[str, Any], given: Settings) -> Member:
-        return Member(p, position, group, given, self._origins.flat(p, group))
-
-    def _members(self) -> list[Member]:
+    def _matrix_params(self) -> list[MatrixParam]:
         """The parameters of matrix rules, those without a gradient too."""
-        members = []
+        params = []
         for group in self.param_groups:
             if _rule(group["algorithm"]).matrix is not None:
-                given = state.settings(group)
-                members += [self._member(p, i, group, given) for i, p in enumerate(group["params"])]
-        return members
+                given, view = state.settings(group), self._originals.view
+                params += [MatrixParam(view(p, group), i, group, given) for i, p in enumerate(group["params"])]
+        return params
 
     def _step_elementwise(self, works: Sequence[_Elementwise]) -> None:
         for rule, groups, params, kept in works:
@@ -331,11 +327,10 @@ class CWDOptimizer(torch.optim.Optimizer):
             else:
                 items = []
                 for some, group, settings in zip(params, groups, given, strict=True):
-                    found = state.advance(self.state, some, group, settings)
-                    flat = self._origins.flat(some[0], group, needed=False) if len(some) == 1 else None
-                    # DeepSpeed steps each by itself, and has any numbers in the padding.
-                    items += found if flat is None else state.pieces(found[0], flat.extents)
-                calls = kernels.calls(rule, items, self._origins.described)
+                    views = [self._originals.view(p, group, needed=False) for p in some]
+                    for view, item in zip(views, state.advance(self.state, views, group, settings), strict=True):
+                        items += state.pieces(item, view.stretches) if view.is_flat else [item]
+                calls = kernels.calls(rule, items, self._originals.described)
                 self._kept[rule] = state.Kept.of(self.state, groups, params, items, calls)
             kernels.update(rule, calls, self.statistics, self._workspace)
             for item in items:
@@ -356,7 +351,7 @@ class CWDOptimizer(torch.optim.Optimizer):
         adopted, self.reset_because = adopt(state_dict, groups, on_rule_change=self.on_rule_change)
         self.overruled = overruled(groups, adopted["param_groups"])
         super().load_state_dict(adopted)
-        self._origins.replace(groups, self.param_groups)
+        self._originals.replace(groups, self.param_groups)
         restore_dtypes(self, adopted)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_cwd.distributed import deepspeed_zero
+from hf_cwd.distributed import deepspeed_zero, local_view
 from hf_cwd.distributed.deepspeed_zero import FlatShard
+from hf_cwd.distributed.local_view import FlatView, LocalView, full_shape
 
 Group = MutableMapping[str, Any]
 
@@ -32,22 +33,22 @@ class _Origin:
         return {"group": self.group, "names": self.names, "params": []}
 
 
-class Origins:
+class OriginalParams:
     """The origin of each of an optimizer's groups."""
 
     def __init__(self) -> None:
-        self._origins: list[_Origin] = []
-        self._flat: dict[Tensor, FlatShard | ValueError | None] = {}
+        self._originals: list[_Origin] = []
+        self._flat: dict[Tensor, FlatView | ValueError | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_origins": self._origins, "_flat": {}}
+        return {"_originals": self._originals, "_flat": {}}
 
     def add(self, group: Group, names: list[str] | None) -> None:
-        self._origins.append(_Origin(group, names, group["params"]))
+        self._originals.append(_Origin(group, names, group["params"]))
 
     def pop(self) -> None:
         """Forgets the last one that was added."""
-        self._origins.pop()
+        self._originals.pop()
 
     def replace(self, old: Sequence[Group], new: Sequence[Group]) -> None:
         """Other groups take the places of these."""
@@ -57,83 +58,89 @@ class Origins:
                 origin.group = other
 
     def __len__(self) -> int:
-        return len(self._origins)
+        return len(self._originals)
 
     def number(self, group: Group) -> int:
         """A group's place among all, of which DeepSpeed may show the optimizer one alone."""
-        return next(i for i, origin in enumerate(self._origins) if origin.group is group)
+        return next(i for i, origin in enumerate(self._originals) if origin.group is group)
 
-    def flat(self, p: Tensor, group: Group, *, needed: bool = True) -> FlatShard | None:
-        """What lies in ``p`` if it is a flat tensor of DeepSpeed's that stands for the group's parameters, else None.
+    def view(self, p: Tensor, group: Group, *, needed: bool = True) -> LocalView:
+        """What this rank holds of a tensor in a group.
 
         Raises:
-            ValueError: it is one, but not in a way that is known here, see
-                :func:`hf_cwd.distributed.deepspeed_zero.flat_shard`. With ``needed`` False the answer is None then.
+            ValueError: it is a flat tensor of DeepSpeed's, and cannot be mapped to parameters, see
+                :func:`hf_cwd.distributed.deepspeed_zero.flat_shard`. With ``needed`` False its padding then counts as
+                weights.
         """
-        if p.ndim != 1:
-            return None
+        view = self._flat_view(p, group, needed) if p.ndim == 1 else None
+        if isinstance(view, ValueError):
+            if needed:
+                raise view
+            view = None
+        return local_view.of(p) if view is None else view
+
+    def _flat_view(self, p: Tensor, group: Group, needed: bool) -> FlatView | ValueError | None:
         if p not in self._flat:
+            params = self._model_params(group)
+            # The first question is the cheaper one, and answers it for the vectors of most models.
+            stands_for = not any(param is p for param in params) and deepspeed_zero.is_sharded(params)
             try:
-                params, names = self._model_params(group)
-                stands_for = deepspeed_zero.is_sharded(params) and not any(param is p for param in params)
-                self._flat[p] = deepspeed_zero.flat_shard(p, params, names) if stands_for else None
+                self._flat[p] = FlatView(p, self._flat_shard(p, group)) if stands_for else None
             except ValueError as error:
                 self._flat[p] = error
                 if not needed:
                     _logger.warning("%s. Its padding is stepped, and counted, with the weights", error)
-        found = self._flat[p]
-        if isinstance(found, ValueError):
-            if needed:
-                raise found
-            return None
-        return found
+        return self._flat[p]
 
-    def flat_tensors(self, needs: Callable[[Group], bool]) -> list[tuple[Group, Tensor]]:
-        """DeepSpeed's flat tensors of all groups, also of those that it does not show the optimizer at the moment.
+    def flat_views(self, needs: Callable[[Group], bool]) -> list[tuple[Group, FlatView]]:
+        """The flat tensors of all groups, also of those that DeepSpeed does not show the optimizer at the moment.
 
         Raises:
-            ValueError: as :meth:`flat`, of a group that needs to know what lies in them.
+            ValueError: as :meth:`view`, of a group that needs to know what lies in them.
         """
-        found = []
-        for group in (origin.group for origin in self._origins):
+        result = []
+        for group in (origin.group for origin in self._originals):
             needed, flats = needs(group), []
             try:
-                flats = deepspeed_zero.flat_tensors(self._model_params(group)[0])
+                flats = deepspeed_zero.flat_tensors(self._model_params(group))
             except ValueError:
                 if needed:
                     raise
-            flats = flats or group["params"]
-            found += [(group, p) for p in flats if self.flat(p, group, needed=needed) is not None]
-        return found
+            views = [self.view(p, group, needed=needed) for p in flats or group["params"]]
+            result += [(group, view) for view in views if view.is_flat]
+        return result
 
-    def _model_params(self, group: Group) -> tuple[list[Tensor], list[str]]:
-        """What the group was made of, as far as it is known, and names."""
+    def _model_params(self, group: Group) -> list[Tensor]:
+        """What the group was made of, as far as it is known."""
         origin = self._of(group)
-        params = [] if origin is None else origin.params
-        return params, [self._name(origin, i, param) for i, param in enumerate(params)]
+        return [] if origin is None else origin.params
+
+    def _flat_shard(self, flat: Tensor, group: Group) -> FlatShard:
+        origin, params = self._of(group), self._model_params(group)
+        return deepspeed_zero.flat_shard(flat, params, [self._name(origin, i, p) for i, p in enumerate(params)])
 
     def described(self, p: Tensor) -> str:
         """A parameter of any group in words."""
-        groups = [origin.group for origin in self._origins]
-        found = ((i, group) for group in groups for i, param in enumerate(group["params"]) if param is p)
-        return self.describe(p, *next(found))
+        groups = [origin.group for origin in self._originals]
+        places = ((i, group) for group in groups for i, param in enumerate(group["params"]) if param is p)
+        return self.describe(p, *next(places))
 
     def describe(self, p: Tensor, position: int, group: Group) -> str:
         """A parameter in words, with its name where the optimizer was given names."""
         flat = self._flat.get(p)
-        if not isinstance(flat, FlatShard):
+        if not isinstance(flat, FlatView):
             return self._name(self._of(group), position, p)
-        names = [param.name for param in flat.params]
+        names = [param.name for param in flat.shard.params]
         return f"the flat tensor of {p.numel()} elements that holds parts of {listed(names, most=2)}"
 
     def _of(self, group: Group) -> _Origin | None:
-        return next((origin for origin in self._origins if origin.group is group), None)
+        return next((origin for origin in self._originals if origin.group is group), None)
 
     @staticmethod
     def _name(origin: _Origin | None, position: int, p: Tensor) -> str:
         names = (origin.names or origin.group.get("param_names")) if origin is not None else None
         name = f" {names[position]!r}" if names else ""
-        return f"parameter{name} of shape {deepspeed_zero.full_shape(p)}"
+        return f"parameter{name} of shape {full_shape(p)}"
 
 
 def listed(names: Sequence[str], *, most: int = 3) -> str:

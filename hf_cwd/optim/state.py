@@ -1,6 +1,6 @@
 """A parameter's state: made at its first gradient, advanced once a step, handed to the kernels as this rank's part."""
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cwd.distributed.deepspeed_zero import pick
-from hf_cwd.distributed.dtensor import is_dtensor, local, local_grad
+from hf_cwd.distributed.local_view import LocalView
 from hf_cwd.kernels import Call, can_be_kept
 from hf_cwd.kernels.addresses import are_plain
 from hf_cwd.kernels.interface import Item, Settings
@@ -67,11 +66,11 @@ def held(
 
 def advance(
     states: Mapping[Tensor, MutableMapping[str, Tensor]],
-    params: Sequence[Tensor],
+    views: Sequence[LocalView],
     group: Mapping[str, Any],
     given: Settings,
 ) -> list[Item]:
-    """Counts a step of parameters of a group, and gives this rank's parts. Without a gradient it counts as zero.
+    """Counts a step of tensors of a group, and gives this rank's parts. Without a gradient it counts as zero.
 
     This loop runs in every step for hundreds of parameters: keep it short.
     """
@@ -79,20 +78,17 @@ def advance(
     asked = group["master"] != "none"
     needed = {False: {"step", *own}, True: {"step", *own, REMAINDER}}
     items, steps = [], []
-    for p in params:
+    for view in views:
+        p, local = view.param, view.local
         state = states[p]
         remains = asked and has_remainder(group, p.dtype)
         if not state.keys() >= needed[remains]:
             make(state, p, group)
-        param, grad, buffers, step = p, p.grad, tuple([state[key] for key in own]), state["step"]
-        remainder = state[REMAINDER] if remains else None
-        if is_dtensor(p):
-            param, buffers = local(p), tuple(map(local, buffers))
-            grad, remainder = None if grad is None else local_grad(p), local(remainder) if remains else None
+        param, grad, step = local(p), view.local_grad(), state["step"]
+        buffers = tuple([local(state[key]) for key in own])
         if grad is None:
             grad = torch.zeros_like(param)
-        if remains:
-            remainder = remainder.view(torch.int16)
+        remainder = local(state[REMAINDER]).view(torch.int16) if remains else None
         number = step if given.capturable else int(step.item()) + 1
         items.append(Item(param, grad, buffers, remainder, number, given, p))
         steps.append(step)
@@ -102,13 +98,15 @@ def advance(
     return items
 
 
-def pieces(item: Item, extents: Sequence[tuple[int, int]]) -> list[Item]:
-    """The parts of a flat tensor's item, by offset and length."""
-    param, grad, remainder, *buffers = (
-        [None] * len(extents) if tensor is None else pick(tensor, extents)
-        for tensor in (item.param, item.grad, item.remainder, *item.buffers)
-    )
-    buffers = zip(*buffers, strict=True) if buffers else [()] * len(extents)
+def pieces(item: Item, cut: Callable[[Tensor], list[Tensor]]) -> list[Item]:
+    """The pieces of a flat tensor's item.
+
+    Args:
+        cut: :meth:`~hf_cwd.distributed.local_view.LocalView.split` or ``stretches`` of its view.
+    """
+    param, grad, *buffers = (cut(tensor) for tensor in (item.param, item.grad, *item.buffers))
+    remainder = [None] * len(param) if item.remainder is None else cut(item.remainder)
+    buffers = zip(*buffers, strict=True) if buffers else [()] * len(param)
     parts = zip(param, grad, buffers, remainder, strict=True)
     return [Item(*tensors, item.step, item.settings, item.owner) for tensors in parts]
 
@@ -148,7 +146,7 @@ class Kept:
             state["step"] = step
         names = [keys(group, p.dtype) for group, some in zip(groups, params, strict=True) for p in some]
         self._buffers = [state[key] for state, own in zip(self._own, names, strict=True) for key in own]
-        self._values, self._kind = self._state_values(), _kind(groups, params)
+        self._values, self._signature = self._state_values(), _signature(groups, params)
         self._lying = self._places()
         self._gradients = [item.grad.dtype for item in items], [item.grad.nbytes for item in items]
         self._on_device = items[0].settings.capturable
@@ -174,11 +172,11 @@ class Kept:
         params: Sequence[Sequence[Tensor]],
     ) -> bool:
         """Whether the calls may be taken again for these parameters, which are those with a gradient."""
-        found = [p for some in params for p in some]
-        gradients = [p.grad for p in found]
+        flat = [p for some in params for p in some]
+        gradients = [p.grad for p in flat]
         return (
-            _kind(groups, params) == self._kind
-            and _are_same(found, self._params)
+            _signature(groups, params) == self._signature
+            and _are_same(flat, self._params)
             and _are_same(states.values(), self._all)
             and _are_same(self._state_values(), self._values)
             and self._places() == self._lying
@@ -217,7 +215,7 @@ def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
     return len(some) == len(others) and all(map(is_, some, others))
 
 
-def _kind(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]]) -> list[tuple[Any, ...]]:
+def _signature(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]]) -> list[tuple[Any, ...]]:
     """What of groups decides which kernels and states there are."""
     names = ("algorithm", "kernel", "capturable", "master", "state_dtype")
     states = [RULES[group["algorithm"]].state_keys(group) for group in groups]

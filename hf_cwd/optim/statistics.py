@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
-from math import isfinite, nan, prod, sqrt
+from math import isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_cwd.distributed import collectives
-from hf_cwd.distributed.dtensor import device, is_dtensor
-from hf_cwd.distributed.rank_groups import RankGroup, alone, of, of_meshes
+from hf_cwd.distributed import collectives, local_view
+from hf_cwd.distributed.rank_groups import RankGroup, alone
 from hf_cwd.kernels.interface import COLUMNS, Settings, Sums
-from hf_cwd.optim.original_params import Origins
+from hf_cwd.optim.original_params import OriginalParams
 
 
 @dataclass(frozen=True)
@@ -164,21 +163,21 @@ class StepStatistics(Sums):
         self._matrices: dict[int, _Sampled] = {}  # by key
         self._devices: dict[RankGroup, torch.device] = {}  # where ranks add up what lies in parts among them
         self._places: dict[tuple[RankGroup, int], int] = {}
-        self._origins: Origins | None = None
+        self._originals: OriginalParams | None = None
 
-    def settle(self, groups: Sequence[Mapping[str, Any]], origins: Origins) -> None:
+    def settle(self, groups: Sequence[Mapping[str, Any]], originals: OriginalParams) -> None:
         """Finds out whose the numbers of the last calls are. The optimizer does it at the end of each step.
 
         Args:
             groups: the parameter groups that were stepped.
-            origins: theirs.
+            originals: what they were made of.
         """
-        self._origins = origins
-        owners = {id(owner.param): owner for owner in self._owners(groups, origins)}
+        self._originals = originals
+        owners = {id(owner.param): owner for owner in self._owners(groups, originals)}
         for params, numels, settings, scales, numbers in self.calls:
-            found = [owners[id(p)] for p in params]
+            called = [owners[id(p)] for p in params]
             places, factors = [], []
-            for owner, numel, given, scale in zip(found, numels, settings, scales, strict=True):
+            for owner, numel, given, scale in zip(called, numels, settings, scales, strict=True):
                 key, share = (owner.ranks, owner.number), 1 / owner.copies
                 places.append(self._places.setdefault(key, len(self._places)))
                 if owner.number not in self._settings:  # a schedule may change a tensor lr in place
@@ -187,26 +186,19 @@ class StepStatistics(Sums):
                 self._numels[key] = self._numels.get(key, 0.0) + share * numel
                 factors.append((share, share * scale**2, share, share))
             factors = torch.tensor(factors, dtype=torch.float64)
-            self._settled.append(_Settled(found, torch.tensor(places), factors, numbers))
+            self._settled.append(_Settled(called, torch.tensor(places), factors, numbers))
         self.calls = []
 
-    def _owners(self, groups: Sequence[Mapping[str, Any]], origins: Origins) -> Iterator[_Owner]:
-        meshes = of_meshes(p.device_mesh for group in groups for p in group["params"] if is_dtensor(p))
-        for group in groups:
-            number = origins.number(group)
-            for position, p in enumerate(group["params"]):
-                flat, ranks, where, copies = origins.flat(p, group, needed=False), alone(), p.device, 1
-                if is_dtensor(p):
-                    ranks, where = meshes[p.device_mesh], device(p)
-                    each = zip(p.device_mesh.shape, p.placements, strict=True)
-                    copies = prod(size for size, placement in each if placement.is_replicate())
-                elif flat is not None:
-                    ranks, where = of(None), flat.device
-                elif getattr(p, "_fsdp_flattened", False):  # FSDP version 1 marks it so
-                    ranks = of(None)
+    def _owners(self, groups: Sequence[Mapping[str, Any]], originals: OriginalParams) -> Iterator[_Owner]:
+        views = [[originals.view(p, group, needed=False) for p in group["params"]] for group in groups]
+        meshes = local_view.of_meshes([view for some in views for view in some])
+        for group, some in zip(groups, views, strict=True):
+            number = originals.number(group)
+            for position, view in enumerate(some):
+                ranks = view.ranks(meshes)
                 if ranks.together:
-                    self._devices[ranks] = where
-                yield _Owner(group, number, position, p, ranks, copies)
+                    self._devices[ranks] = view.device
+                yield _Owner(group, number, position, view.param, ranks, view.copies)
 
     @property
     def has_numbers(self) -> bool:
@@ -235,9 +227,9 @@ class StepStatistics(Sums):
             sums.index_add_(0, places, numbers.cpu() * factors)
         rows = dict(zip(self._places, sums.tolist(), strict=True))
         devices = self._devices | {one.ranks: one.device for one in self._matrices.values() if one.ranks.together}
-        found = {ranks: self._added_up(ranks, devices.get(ranks), rows) for ranks in sorted({alone(), *devices})}
-        groups = [sum(each, Totals()) for each in zip(*(totals for totals, _ in found.values()), strict=True)]
-        error = found[self._matrices[min(self._matrices)].ranks][1] if self._matrices else None
+        totals = {ranks: self._added_up(ranks, devices.get(ranks), rows) for ranks in sorted({alone(), *devices})}
+        groups = [sum(each, Totals()) for each in zip(*(own for own, _ in totals.values()), strict=True)]
+        error = totals[self._matrices[min(self._matrices)].ranks][1] if self._matrices else None
         return Statistics(groups, error, {} if bool(sums.isfinite().all()) else self._not_finite())
 
     def _added_up(
@@ -245,7 +237,7 @@ class StepStatistics(Sums):
     ) -> tuple[list[Totals], float | None]:
         """Each group's totals of what lies among some ranks, and the error of their matrix; with a device from all."""
         flat: list[float] = []
-        for number in range(len(self._origins or ())):
+        for number in range(len(self._originals or ())):
             row = rows.get((ranks, number))
             own = Totals() if row is None else _totals(self._settings[number], self._numels[ranks, number], row)
             flat += astuple(own)
@@ -266,7 +258,7 @@ class StepStatistics(Sums):
             for owner, fine in zip(settled.owners, settled.numbers.isfinite().all(1).tolist(), strict=True)
             if not fine
         ]
-        return {o.param: self._origins.describe(o.param, o.position, o.group) for o in owners}
+        return {o.param: self._originals.describe(o.param, o.position, o.group) for o in owners}
 
 
 def _totals(settings: Settings, numel: float, numbers: Sequence[float]) -> Totals:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_cwd.distributed.deepspeed_zero import full_shape
+from hf_cwd.distributed.local_view import full_shape
 from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.routing import adapters, architectures
 from hf_cwd.routing.adapters import Adapter

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_cwd.distributed.deepspeed_zero import full_shape
+from hf_cwd.distributed.local_view import full_shape
 from hf_cwd.routing import adapters
 
 Child = tuple[str, nn.Module]  # a child module and its name

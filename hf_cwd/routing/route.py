@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hf_cwd.distributed import collectives
-from hf_cwd.distributed.deepspeed_zero import full_shape
+from hf_cwd.distributed.local_view import full_shape
 from hf_cwd.log import logger
 from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.optim.param_groups import ROUTED_NAMES

@@ -28,7 +28,10 @@ def test_a_node_without_the_weights_is_refused(results):
     codes, log = results["as it is"]
     assert codes == [1, 1]
     assert "checkpoint-1 could not be saved in " in log
-    assert "on this node it has no weights (model*.safetensors, pytorch_model* ...). Each node has its own disk here" in log
+    assert (
+        "on this node it has no weights (model*.safetensors, pytorch_model* ...). Each node has its own disk here"
+        in log
+    )
 
 
 def test_nodes_resume_from_the_newest_checkpoint_that_is_whole_on_all(results):

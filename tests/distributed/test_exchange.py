@@ -7,6 +7,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
+from hf_cwd.distributed import local_view
 from hf_cwd.distributed.build import Source, build
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.pinned_memory import Staging
@@ -41,7 +42,9 @@ class Loop(MatrixLoop):
 def test_whole_matrices(as_offered):
     params = [torch.randn(shape, generator=torch.manual_seed(k)) for k, shape in enumerate(SHAPES)]
     stage = Stage.of("muon", HYPER)
-    sources = [Source(p, f"matrix {k}", MatrixLayout(), stage, torch.float32) for k, p in enumerate(params)]
+    sources = [
+        Source(local_view.of(p), f"matrix {k}", MatrixLayout(), stage, torch.float32) for k, p in enumerate(params)
+    ]
     exchange = build(sources, alone(), share="never", exchange_bytes=1 << 20)
     loop = Loop(exchange, params, as_offered=as_offered)
     loop.run(lambda: None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_cwd.distributed.deepspeed_zero import FlatShard, Fragment
-from hf_cwd.distributed.flat_geometry import Held, Line, stage_3, stages_1_2
+from hf_cwd.distributed.flat_geometry import FlatSharding, ShardedParam, stage_3, stages_1_2
 from hf_cwd.distributed.geometry import check, held, matrix_shapes
 from hf_cwd.newton_schulz.matrices import MatrixLayout
 
@@ -45,7 +45,7 @@ def test_pieces_are_the_part_of_the_line(seed):
     for _ in range(50):
         shape, world, begin = random_shape(draw), draw.randint(1, 5), draw.randint(0, 40)
         part = ceil((begin + prod(shape)) / world) + draw.randint(0, 3)
-        line, full = Line(world, part, begin), numbers(shape, 1)
+        line, full = FlatSharding(world, part, begin), numbers(shape, 1)
         flat = torch.zeros(world * part, dtype=torch.long)
         flat[begin : begin + prod(shape)] = full.flatten()
         check(shape, line)
@@ -70,7 +70,7 @@ def test_few_pieces(seed):
     draw = random.Random(seed)
     for _ in range(50):
         shape = random_shape(draw)
-        line = Line(world=4, part=ceil(prod(shape) / 4))
+        line = FlatSharding(world=4, part=ceil(prod(shape) / 4))
         assert max(len(line.pieces(shape, rank)) for rank in range(4)) <= 2 * len(shape) - 1
 
 
@@ -131,7 +131,7 @@ def test_sub_groups_are_closed_once_they_are_full():
 
 def test_fragments_and_extents():
     """Padding between fragments is not part of any; neighbours make one extent."""
-    params = tuple(Held(name, (3,), Line(1, 3), 0) for name in "abc")
+    params = tuple(ShardedParam(name, (3,), FlatSharding(1, 3), 0) for name in "abc")
     shard = FlatShard(params, (Fragment(0, 0, 3), Fragment(1, 3, 3), Fragment(2, 8, 3)), (), torch.device("cpu"))
     flat = torch.arange(12)
     assert [part.tolist() for part in shard.cut(flat)] == [[0, 1, 2], [3, 4, 5], [8, 9, 10]]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_cwd.cli import explain, main
-from hf_cwd.distributed.deepspeed_zero import full_shape
+from hf_cwd.distributed.local_view import full_shape
 from hf_cwd.estimate import costs, zero_costs
 from hf_cwd.estimate import step_cost as estimated
 from hf_cwd.estimate.parallelism import Zero

@@ -120,7 +120,7 @@ def differences(case: Case, folder: Path) -> dict[str, Any]:
     groups = getattr(keeper, "sub_group_to_group_id", range(len(flats)))
     real = [(flat, optimizer.param_groups[groups[i]]) for i, flat in enumerate(flat_tensors(engine))]
     for (flat, group), mine in zip(real, flats, strict=True):
-        shard = optimizer._origins.flat(flat, group)
+        shard = optimizer._originals.view(flat, group).shard
         found, wanted = ([p[1:] for p in some] for some in (shard.params, mine.params))  # names are worded otherwise
         if (found, flat.numel(), group["algorithm"]) != (wanted, mine.numel, mine.group.rule.name):
             problems.append(f"told {wanted} in {mine.numel} of {mine.group.rule.name}, is {found} in {flat.numel()}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_cwd import CWDAdamW, CWDMuon, CWDOptimizer, StepStatistics
 from hf_cwd.kernels.interface import Item, Settings
-from hf_cwd.optim.original_params import Origins
+from hf_cwd.optim.original_params import OriginalParams
 from hf_cwd.optim.statistics import Totals
 from hf_cwd.rules import RULES
 
@@ -169,8 +169,8 @@ def test_a_learning_rate_that_changes_in_place_is_this_step_s():
     statistics.add(
         [Item(p.detach(), None, (), None, 1, settings, p)], [1.0], torch.tensor([[4.0, 4.0, 4.0, 4.0]]).double()
     )
-    origins, group = Origins(), {"params": [p]}
-    origins.add(group, None)
-    statistics.settle([group], origins)
+    originals, group = OriginalParams(), {"params": [p]}
+    originals.add(group, None)
+    statistics.settle([group], originals)
     lr.fill_(7.0)
     assert statistics.read().total.effective_decay == pytest.approx(0.05)

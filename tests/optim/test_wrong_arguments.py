@@ -344,7 +344,7 @@ def test_a_refused_group_is_not_kept(given, kind, message):
     try:
         optimizer.add_param_group(group)
     except (ValueError, TypeError, RuntimeError):
-        assert len(optimizer.param_groups) == len(optimizer._origins) == 1
+        assert len(optimizer.param_groups) == len(optimizer._originals) == 1
     optimizer.add_param_group({"params": [parameter(2, 2)]})
     run(optimizer, [p for each in optimizer.param_groups for p in each["params"]], 1)
 

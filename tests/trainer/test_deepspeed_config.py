@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_cwd import CWDAdamW, log
+from hf_cwd.distributed import deepspeed_zero
 from hf_cwd.trainer import deepspeed
 from tests.support.tiny import tiny_data, tiny_llama
 
@@ -130,13 +131,13 @@ def test_deepspeed_s_own_cpu_optimizer_cannot_be_asked_for(arguments):
 
 @pytest.mark.parametrize("version", ["0.14.0", "99.0"])
 def test_versions_that_were_not_tried_are_named_once(version, arguments, monkeypatch, caplog):
-    monkeypatch.setattr(deepspeed.deepspeed_zero, "version", lambda: version)
+    monkeypatch.setattr(deepspeed_zero, "version", lambda: version)
     log.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_cwd"):
         for _ in range(2):
             arguments(optim="cwd_adamw", deepspeed=config())
     (said,) = [record.getMessage() for record in caplog.records if "DeepSpeed" in record.getMessage()]
-    assert said == f"DeepSpeed {version} has not been tried with hf_cwd, whose tests run with {deepspeed.deepspeed_zero.TESTED}"
+    assert said == f"DeepSpeed {version} has not been tried with hf_cwd, whose tests run with {deepspeed_zero.TESTED}"
 
 
 def test_the_version_here_is_a_tested_one(arguments, caplog):

@@ -68,7 +68,9 @@ def test_what_trained_is_written(arguments):
     assert not list(Path(args.output_dir).glob(".*")), "what it was written to first is gone"
     (run,) = read([args.output_dir])
     assert run.recorded
-    assert {key: run.settings.values[key] for key in ("optim", "weight_decay", "mask", "num_trainable", "adamw_betas")} == {
+    assert {
+        key: run.settings.values[key] for key in ("optim", "weight_decay", "mask", "num_trainable", "adamw_betas")
+    } == {
         "optim": "cwd_muon",
         "weight_decay": 0.1,
         "mask": "gt",

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_cwd
-from hf_cwd.distributed.deepspeed_zero import full_shape
+from hf_cwd.distributed.local_view import full_shape
 from hf_cwd.log import warn_once
 from hf_cwd.optim.optimizer import CWDOptimizer
 from hf_cwd.trainer.optim_args import effective, of_groups, optimizer_arguments
