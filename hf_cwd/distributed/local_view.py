@@ -183,6 +183,24 @@ def of(param: Tensor) -> LocalView:
     return DTensorView(param) if dtensor.is_dtensor(param) else LocalView(param)
 
 
+def is_flat(param: Tensor, model_params: Sequence[Tensor]) -> bool:
+    """Whether a tensor in a group stands for the model's parameters that the group was made of."""
+    # The first question is the cheaper one, and answers it for the vectors of most models.
+    return not any(p is param for p in model_params) and deepspeed_zero.is_sharded(model_params)
+
+
+def of_flat(param: Tensor, model_params: Sequence[Tensor], names: Sequence[str]) -> FlatView:
+    """The view of such a tensor.
+
+    Args:
+        names: of the model's parameters.
+
+    Raises:
+        ValueError: see :func:`hf_cwd.distributed.deepspeed_zero.flat_shard`.
+    """
+    return FlatView(param, deepspeed_zero.flat_shard(param, model_params, names))
+
+
 def of_meshes(views: Sequence[LocalView]) -> dict["DeviceMesh", RankGroup]:
     """The ranks of the meshes of all DTensors among these, see :func:`hf_cwd.distributed.rank_groups.of_meshes`."""
     return rank_groups.of_meshes(view.param.device_mesh for view in views if isinstance(view, DTensorView))

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_cwd.distributed import deepspeed_zero, local_view
-from hf_cwd.distributed.deepspeed_zero import FlatShard
-from hf_cwd.distributed.local_view import FlatView, LocalView, full_shape
+from hf_cwd.distributed import local_view
+from hf_cwd.distributed.deepspeed_zero import flat_tensors
+from hf_cwd.distributed.local_view import FlatView, LocalView, full_shape, is_flat
 
 Group = MutableMapping[str, Any]
 
@@ -82,10 +82,8 @@ class OriginalParams:
     def _flat_view(self, p: Tensor, group: Group, needed: bool) -> FlatView | ValueError | None:
         if p not in self._flat:
             params = self._model_params(group)
-            # The first question is the cheaper one, and answers it for the vectors of most models.
-            stands_for = not any(param is p for param in params) and deepspeed_zero.is_sharded(params)
             try:
-                self._flat[p] = FlatView(p, self._flat_shard(p, group)) if stands_for else None
+                self._flat[p] = local_view.of_flat(p, params, self._names(group)) if is_flat(p, params) else None
             except ValueError as error:
                 self._flat[p] = error
                 if not needed:
@@ -102,7 +100,7 @@ class OriginalParams:
         for group in (origin.group for origin in self._originals):
             needed, flats = needs(group), []
             try:
-                flats = deepspeed_zero.flat_tensors(self._model_params(group))
+                flats = flat_tensors(self._model_params(group))
             except ValueError:
                 if needed:
                     raise
@@ -115,9 +113,10 @@ class OriginalParams:
         origin = self._of(group)
         return [] if origin is None else origin.params
 
-    def _flat_shard(self, flat: Tensor, group: Group) -> FlatShard:
-        origin, params = self._of(group), self._model_params(group)
-        return deepspeed_zero.flat_shard(flat, params, [self._name(origin, i, p) for i, p in enumerate(params)])
+    def _names(self, group: Group) -> list[str]:
+        """Names of these."""
+        origin = self._of(group)
+        return [self._name(origin, i, p) for i, p in enumerate(self._model_params(group))]
 
     def described(self, p: Tensor) -> str:
         """A parameter of any group in words."""

@@ -103,7 +103,7 @@ def _adopted(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, 
         if "layout" in saved and _layout(saved) != _layout(own):
             raise ValueError(
                 f"the saved optimizer took layout={saved['layout']!r} from parameters that are now routed as "
-                f"{own['layout']!r}: continue with the --optim_target_modules, model and package that saved it"
+                f"{own['layout']!r}: continue with the target modules, model and package that saved it"
             )
         kept = {name: value for name, value in saved.items() if name not in IMPLEMENTATION_KEYS + BITSANDBYTES_KEYS}
         group = {name: value for name, value in own.items() if name not in ("params", "param_names")} | kept

@@ -58,7 +58,7 @@ def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], *, needs_matrices: 
     if needs_matrices and p.ndim < 2:
         return (
             "was a matrix when the optimizer was made and has been flattened since (FSDP version 1): its rule needs "
-            "whole matrices. Use FSDP with fsdp_version: 2, DeepSpeed, or an element-wise rule such as cwd_adamw"
+            "whole matrices. Use FSDP2 (fully_shard), DeepSpeed's ZeRO, or an element-wise rule such as CWDAdamW"
         )
     grad = p.grad
     if grad is None:
@@ -76,8 +76,8 @@ def problem(p: Tensor, states: Sequence[tuple[str, Tensor]], *, needs_matrices: 
     if is_dtensor(p) != is_dtensor(grad):
         return f"is a {type(p).__name__}, and its gradient a {type(grad).__name__}: both or none must be DTensors"
     others = [("gradient", grad), *states]
-    if (found := resized(p, others)) is not None:
-        return found
+    if (reason := resized(p, others)) is not None:
+        return reason
     if has_master and any(tensor.is_neg() for tensor in (p, dict(states).get("remainder", p))):
         return "or its remainder has its negative bit set, and its master is made of their bits: use resolve_neg()"
     device = p.device
@@ -98,8 +98,7 @@ def resized(p: Tensor, others: Sequence[tuple[str, Tensor]]) -> str | None:
             return (
                 f"has data of shape {tuple(shape)} now, and a {name} of shape {tuple(tensor.shape)}: it was resized "
                 "after the optimizer had begun (resize_token_embeddings between two train() calls does that). Make a "
-                "new optimizer after that. With the Trainer, set trainer.optimizer and trainer.lr_scheduler to None to "
-                "have them made again"
+                "new optimizer and schedule after that"
             )
     return None
 
@@ -117,7 +116,7 @@ def check_masters(groups: Sequence[Mapping[str, Any]]) -> None:
     if asked and torch.bfloat16 not in dtypes:
         raise ValueError(
             "master='remainder' keeps what bfloat16 parameters lack of their fp32 masters, and the optimizer's are "
-            f"{' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}. --bf16 (autocast) and "
-            "mixed precision of FSDP2 or DeepSpeed give the optimizer fp32 masters already: leave master out there, or "
-            "load the model in bfloat16 (--dtype bfloat16, from_pretrained(dtype=torch.bfloat16)) without them"
+            f"{' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}. Autocast, and mixed "
+            "precision of FSDP2 or DeepSpeed, give the optimizer fp32 masters already: leave master out there, or load "
+            "the model in bfloat16 (from_pretrained(dtype=torch.bfloat16)) without them"
         )

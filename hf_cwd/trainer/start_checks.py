@@ -146,7 +146,9 @@ def check_parameters(args: Any, optimizer: CWDOptimizer, model: nn.Module) -> No
         )
     for n, p in own.items():
         if problem := resized(p, held_states(optimizer.state, p, group_of[id(p)])):
-            raise RuntimeError(f"{n} {problem}")
+            raise RuntimeError(
+                f"{n} {problem}: set trainer.optimizer and trainer.lr_scheduler to None to have them made again"
+            )
     if not any(p.requires_grad for p in own.values()):
         raise RuntimeError(
             f"all of the {len(own)} parameters of {type(model).__name__} that {name} has are frozen: call "
