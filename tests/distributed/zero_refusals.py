@@ -65,7 +65,7 @@ def without_places(rank, world, rule):
     del engine.optimizer.grad_position
     engine.backward(engine([g * (world if rank == 0 else 0) for g in zero_ranks.gradients(0)]))
     engine.step()
-    assert optimizer._origins.flat_tensors(lambda group: False) == []
+    assert optimizer._originals.flat_views(lambda group: False) == []
     wanted = zero_ranks.Reference(Variant(rule), steps=1).params
     for name, p in engine.module.params().items():
         assert zero_ranks.same(zero_ranks.whole(p), wanted[name].detach()), f"{name} differs"

@@ -109,9 +109,14 @@ def begin_session() -> None:
 
 
 def end_session() -> float:
-    """Ends the servers, and tells the processor seconds that they and what they forked have taken."""
-    folder, _ = os.environ[SESSION].split(":")
+    """Ends the servers, and tells the processor seconds that they and what they forked have taken.
+
+    A session of pytest that a test started uses the servers of this one, and leaves them running.
+    """
+    folder, owner = os.environ[SESSION].split(":")
     seconds = 0.0
+    if int(owner) != os.getpid():
+        return seconds
     for file in Path(folder).glob("*.pid"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             fields = Path("/proc", file.read_text(), "stat").read_text().rpartition(")")[2].split()
