@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
-from lm_args import ModelArguments, ScriptArguments, find_checkpoint, flag, parse_flags
-from lm_model import load_config, load_model
-from run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
+from common.images_data import MODES, EpochCallback, ImageArguments, Images, collate, load_images, read_labels
+from common.lm_args import ModelArguments, ScriptArguments, find_checkpoint, flag, parse_flags
+from common.lm_model import load_config, load_model
+from common.run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
+from common.usage import UsageError, command, in_words, told
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
-from usage import UsageError, command, in_words, told
 
 try:
     from transformers import ViTImageProcessorPil as ViTImageProcessor

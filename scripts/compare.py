@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 
 import pretrain
+from common.usage import command
 from compare_args import RECIPES, ROOT, parse
 from transformers import TrainerCallback
-from usage import command
 
 from hf_cwd.report import page
 from hf_cwd.report.figures import figures

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from usage import TRACEBACK, OneLineErrors, check_writable, command
+from common.usage import TRACEBACK, OneLineErrors, check_writable, command
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a decay does in a run is about learning rate * weight decay * steps: a run of minutes needs a large one for the

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from common.usage import OneLineErrors, check_writable, command, writing
 from sklearn.datasets import load_digits
-from usage import OneLineErrors, check_writable, command, writing
 
 # Words, whose alphabetical order is not that of the numbers: labels that are mixed up show.
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 
 import transformers
 from accelerate import DistributedType
-from ft_args import parse
-from ft_rows import load_parts
-from lm_args import find_checkpoint
-from lm_data import first
-from lm_model import read_config, read_tokenizer, read_weights
-from run_trainer import check_metric, count, run, seed, set_up_logging, trainer_class
+from common.ft_args import parse
+from common.ft_rows import load_parts
+from common.lm_args import find_checkpoint
+from common.lm_data import first
+from common.lm_model import read_config, read_tokenizer, read_weights
+from common.run_trainer import check_metric, count, run, seed, set_up_logging, trainer_class
+from common.usage import UsageError, command, told
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
-from usage import UsageError, command, told
 
 HELP = """Fine-tune a causal language model, all of it or by LoRA (--use_peft), with TRL's SFTTrainer and any --optim.
 Rows are chats ('messages'), 'prompt' and 'completion' (texts or messages; the loss is on the completion), or 'text'; a

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import transformers
-from lm_args import find_checkpoint, parse
-from lm_data import first, load_documents, pack
-from lm_model import check_sizes, load_config, load_model, load_tokenizer
-from run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
+from common.lm_args import find_checkpoint, parse
+from common.lm_data import first, load_documents, pack
+from common.lm_model import check_sizes, load_config, load_model, load_tokenizer
+from common.run_trainer import check_metric, count, load_accuracy, run, seed, set_up_logging, trainer_class
+from common.usage import command, told
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from usage import command, told
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -71,9 +71,8 @@ def lm(tmp_path_factory):
     """The flags of short documents of the demo corpus and of a tokenizer for them; scripts/ can be imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # recipes name their model from there
-        patch.syspath_prepend(str(ROOT / "scripts"))
+        from common.lm_data import train_tokenizer
         from datasets import Dataset
-        from lm_data import train_tokenizer
 
         folder = tmp_path_factory.mktemp("recipes")
         with lzma.open("scripts/corpus/sotu.jsonl.xz", "rt", encoding="utf-8") as corpus:
@@ -108,7 +107,7 @@ def stated(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_asks_for_what_is_published(path, lm, tmp_path):
-    from lm_args import parse
+    from common.lm_args import parse
 
     model, data, training = parse([str(path), *lm, str(tmp_path)], "")
     size, rule = path.stem.rsplit("-", 1)

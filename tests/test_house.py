@@ -51,6 +51,15 @@ def test_imports_go_one_way(path):
         assert package not in OUTSIDE or part in ("estimate", "trainer", "cli"), name
 
 
+def test_the_package_imports_no_scripts_and_neither_imports_tests():
+    rooms = {"tests", "scripts", "common", "bench", "dev"}
+    for folder, others in (("hf_cwd", rooms), ("scripts", {"tests", "scripts"})):
+        files = sorted((ROOT / folder).rglob("*.py"))
+        assert len(files) > 20
+        for path in files:
+            assert others.isdisjoint(name.partition(".")[0] for name in imported(path)), path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_distributed_communicates(path):
     collectives = r"\b(all_\w+|barrier|broadcast\w*|i?send|i?recv|reduce_scatter\w*|(?<!\bstep\.)gather)\("

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from dev import cpu_ranks
+from dev.forked_runs import clean_state, finish, start
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
@@ -21,8 +23,6 @@ from hf_cwd import CWDTrainer
 from hf_cwd.checkpoint import rank_files
 from hf_cwd.distributed.dtensor import is_dtensor, local
 from hf_cwd.trainer.wrappers import innermost
-from scripts import cpu_ranks
-from scripts.forked_runs import clean_state, finish, start
 from tests.distributed import trainer_ranks
 from tests.distributed.trainer_table import LAYOUTS, MODELS, STEPS, VARIATIONS, Case, Variation
 

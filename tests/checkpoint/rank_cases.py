@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
+from dev.crash_checkpoints import contents
+from dev.forked_runs import finish, start, train, warm_up
 from transformers import LlamaForCausalLM, Trainer
 
 from hf_cwd.checkpoint import manifest
-from scripts.crash_checkpoints import contents
-from scripts.forked_runs import finish, start, train, warm_up
 
 
 def rank():

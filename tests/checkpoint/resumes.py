@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from dev.crash_checkpoints import loaded
+from dev.forked_runs import LAYOUTS, LONGEST, clean_state, finish, start, tiny_llama, train, warm_up
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer
 
@@ -26,8 +28,6 @@ from hf_cwd import CWDTrainer, CWDTrainingArguments
 from hf_cwd.checkpoint.files import CheckpointError
 from hf_cwd.rules import RULES
 from hf_cwd.trainer.optim_args import options
-from scripts.crash_checkpoints import loaded
-from scripts.forked_runs import LAYOUTS, LONGEST, clean_state, finish, start, tiny_llama, train, warm_up
 
 STEPS, SAVED = 7, 4  # with two ranks the second epoch ends after step 6
 # Who saves and who resumes: each layout has all four, and so has each rule.

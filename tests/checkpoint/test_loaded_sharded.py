@@ -8,13 +8,13 @@ import textwrap
 import pytest
 import torch
 import transformers
+from bench.machine import peak_of
 from safetensors.torch import load_file
 from transformers import Trainer
 
 from hf_cwd import CWDAdamW, CWDTrainer
 from hf_cwd.checkpoint import rank_files
 from hf_cwd.checkpoint.restore import RankFile
-from scripts.bench_machine import peak_of
 from tests.checkpoint.loaded_sharded_ranks import CASES, REFUSALS
 from tests.support.forking import fork
 from tests.support.launching import ROOT, finish

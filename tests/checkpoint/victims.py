@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import transformers.trainer
+from dev.crash_checkpoints import END, contents, has_begun
+from dev.forked_runs import LAYOUTS, finish, start, train, warm_up
 from transformers import Trainer
 
 from hf_cwd.checkpoint import manifest, storage
 from hf_cwd.checkpoint.storage import Storage
-from scripts.crash_checkpoints import END, contents, has_begun
-from scripts.forked_runs import LAYOUTS, finish, start, train, warm_up
 
 POINTS = {
     "recover": (Storage, "recover"),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate import ParallelismConfig
+from dev import cpu_ranks
+from dev.forked_runs import clean_state
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -20,8 +22,6 @@ from transformers.distributed import DistributedConfig
 
 import hf_cwd  # noqa: F401
 from hf_cwd.trainer.wrappers import innermost
-from scripts import cpu_ranks
-from scripts.forked_runs import clean_state
 from tests.distributed import trainer_table
 from tests.distributed.trainer_table import LAYOUTS, MODELS, STEPS, VARIATIONS
 

@@ -90,7 +90,7 @@ class Layout:
 
     @property
     def accelerate_shards(self) -> bool:
-        """Whether Accelerate has to take CPUs for accelerators, see scripts/cpu_ranks.py."""
+        """Whether Accelerate has to take CPUs for accelerators, see scripts/dev/cpu_ranks.py."""
         sharded = bool(self.arguments or self.parallelism) or self.same_batch > 1 or self.world == 4
         return sharded and not self.deepspeed
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dev import cpu_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cwd import route
@@ -20,7 +21,6 @@ from hf_cwd.distributed.plan import flops_per_byte, plan
 from hf_cwd.estimate.costs import entries, local_sizes
 from hf_cwd.estimate.parallelism import Parallelism, Zero, parse_layout, shardings
 from hf_cwd.trainer.optim_args import optimizer_arguments
-from scripts import cpu_ranks
 from tests.routing.architectures import MODELS
 from tests.support.forking import fork, free_port
 from tests.support.launching import ROOT, launch

@@ -1,22 +1,19 @@
 """Text, images, and models small enough to train for real in a second."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))  # as for `python scripts/pretrain.py`
-
 import json
 import lzma
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from common.lm_data import train_tokenizer
+from common.usage import command
 from datasets import Dataset
 from digits import write
-from lm_data import train_tokenizer
 from material import LLAMA, TEMPLATE, VIT
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-from usage import command
 
 ROOT = Path(__file__).resolve().parents[2]
 # For every script.

@@ -1,9 +1,9 @@
-"""bench_checkpoint.py: a run of two layouts, what it needs of memory, and what it refuses."""
+"""bench/checkpoint.py: a run of two layouts, what it needs of memory, and what it refuses."""
 
 import json
 
-import bench_checkpoint
 import pytest
+from bench import checkpoint as bench_checkpoint
 from material import LLAMA
 
 from tests.support.launching import ROOT, launch
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     given = {"config_name": folder / "config.json", "rounds": 1, "output_dir": folder, "json": folder / "found.json"}
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
-    done = launch(ROOT / "scripts/bench_checkpoint.py", *flags, "--cold", "--layouts", *LAYOUTS, cwd=folder)
+    done = launch(ROOT / "scripts/bench/checkpoint.py", *flags, "--cold", "--layouts", *LAYOUTS, cwd=folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "found.json"]
     return json.loads((folder / "found.json").read_text()), done.stdout
 

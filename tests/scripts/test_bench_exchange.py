@@ -1,11 +1,11 @@
-"""bench_exchange.py: two real processes, and what it refuses."""
+"""bench/exchange.py: two real processes, and what it refuses."""
 
 import json
 import os
 
-import bench_exchange
 import pytest
 import torch
+from bench import exchange as bench_exchange
 
 from hf_cwd.distributed.geometry import Mesh, Shard
 from hf_cwd.distributed.matrix_stage import Stage
@@ -19,7 +19,7 @@ LAYERS, HIDDEN, INNER, EXCHANGE_BYTES = 2, 16, 48, 4096
 def test_two_processes(tmp_path):
     options = {"hidden": HIDDEN, "layers": LAYERS, "exchange_bytes": EXCHANGE_BYTES, "steps": 2, "json": "numbers.json"}
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    done = launch(ROOT / "scripts/bench_exchange.py", "--processes", 2, *flags, cwd=tmp_path)
+    done = launch(ROOT / "scripts/bench/exchange.py", "--processes", 2, *flags, cwd=tmp_path)
 
     layer = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
     stage = Stage.of("muon", {"ns": "auto", "ns_steps": 5, "ns_coefficients": "quintic", "ns_dtype": "float32"})

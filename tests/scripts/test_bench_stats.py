@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from bench_stats import Interval, conclusive, median_interval, paired, verdict
+from bench.stats import Interval, conclusive, median_interval, paired, verdict
 
 
 # The tables of the sign test: order statistics whose interval has at least 95 % coverage, and the next has not.

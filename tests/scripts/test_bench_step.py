@@ -1,16 +1,16 @@
-"""bench_step.py and its parts: shapes of real models, memory, goals, and a run of a second."""
+"""bench/step.py and its parts: shapes of real models, memory, goals, and a run of a second."""
 
 import json
 
-import bench_candidates
-import bench_rounds
-import bench_step
 import pytest
 import torch
-from bench_candidates import CANDIDATES, Candidate, candidates, iteration_flops, states, traffic, try_out
-from bench_machine import machine, peak_of
-from bench_shapes import elements, largest_aspect, least_aspect, shapes_of
-from bench_targets import goals
+from bench import candidates as bench_candidates
+from bench import rounds as bench_rounds
+from bench import step as bench_step
+from bench.candidates import CANDIDATES, Candidate, candidates, iteration_flops, states, traffic, try_out
+from bench.machine import machine, peak_of
+from bench.shapes import elements, largest_aspect, least_aspect, shapes_of
+from bench.targets import goals
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_cwd.kernels import c
@@ -233,7 +233,7 @@ def test_goals_on_a_gpu_are_rates():
 def test_a_run(tmp_path):
     given = ["--model", TINY, "--pairs", 3, "--threads", 1, "--family", "element-wise", "--targets"]
     some = ["--candidates", "cwd_adamw_eager", "cwd_lion_eager", "lion_pytorch"]
-    done = launch(ROOT / "scripts/bench_step.py", *given, *some, "--json", "step.json", cwd=tmp_path)
+    done = launch(ROOT / "scripts/bench/step.py", *given, *some, "--json", "step.json", cwd=tmp_path)
     (run,) = json.loads((tmp_path / "step.json").read_text())["runs"]
     assert (run["model"], run["tensors"], run["rounds"], run["threads"]) == (TINY, 6, 3, 1)
     assert set(run["candidates"]) | set(run["left_out"]) == {*NEEDED, *some[1:]}

@@ -1,12 +1,12 @@
-"""bench_train.py: a run of the real Trainer, and what it refuses."""
+"""bench/train.py: a run of the real Trainer, and what it refuses."""
 
 import gc
 import itertools
 import json
 
-import bench_train
 import pytest
 import torch
+from bench import train as bench_train
 from material import LLAMA
 from transformers import LlamaConfig
 
@@ -61,7 +61,7 @@ def test_a_run_under_deepspeed(config, tmp_path):
     flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     done = finish(
-        start(*launcher, ROOT / "scripts/bench_train.py", *flags, "--optimizers", "cwd_lion", "cwd_muon", cwd=tmp_path)
+        start(*launcher, ROOT / "scripts/bench/train.py", *flags, "--optimizers", "cwd_lion", "cwd_muon", cwd=tmp_path)
     )
     assert (tmp_path / "train.json").stat().st_size, done.stderr
     run = json.loads((tmp_path / "train.json").read_text())

@@ -12,12 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from common.usage import UsageError
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from digits import CLASSES
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
-from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/classify_images.py"

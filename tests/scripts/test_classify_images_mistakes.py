@@ -9,8 +9,8 @@ import digits as digits_script
 import PIL.Image
 import pytest
 from classify_images import ViTImageProcessor
+from common.usage import UsageError
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

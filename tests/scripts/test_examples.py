@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import smollm2
-from lm_args import parse
+from common.lm_args import parse
 from material import assistant, user
 from readme import ROOT, command, commands, heredoc
 from safetensors.torch import load_file
@@ -116,7 +116,7 @@ def test_recipe(monkeypatch):
 @pytest.fixture
 def real_model(place) -> None:
     """runs/smollm2, as the README's command writes it there."""
-    words = command("Fine-tune", having="tests/scripts/smollm2.py")
+    words = command("Fine-tune", having="scripts/smollm2.py")
     assert Path(words[1]).resolve() == Path(smollm2.__file__).resolve()
     try:
         Path(words[2]).symlink_to(smollm2.cached())

@@ -6,8 +6,8 @@ import shutil
 
 import finetune
 import pytest
+from common.usage import UsageError
 from material import TEMPLATE, assistant, user
-from usage import UsageError
 
 ERRORS = {
     "no model": ({"model_name_or_path": None}, "no model: give --model_name_or_path"),

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 
-import bench_gpu
-import bench_gpu_parts
-import bench_gpu_zero
 import pytest
+from bench import gpu as bench_gpu
+from bench import gpu_parts as bench_gpu_parts
+from bench import gpu_zero as bench_gpu_zero
 from material import LLAMA
 from transformers import LlamaConfig
 
@@ -31,7 +31,7 @@ sys.exit(3 if name == "training" else 0)
 # The part zero on a CPU; under DeepSpeed, Muon decays by a tenth less than without it.
 ZERO = """
 import contextlib, json, sys
-import bench_gpu_zero, bench_gpu_zero_run, bench_train
+from bench import gpu_zero as bench_gpu_zero, gpu_zero_run as bench_gpu_zero_run, train as bench_train
 
 @contextlib.contextmanager
 def then_decaying_less(device):
@@ -145,6 +145,13 @@ def test_training_part():
     bench_gpu_parts.training(lambda *check: found.append(check), "cpu", 15, **given)
     assert len(found) == len(bench_gpu_parts.TRAININGS)
     assert [name for name, ok, _ in found if not ok] == [], found
+
+
+def test_kernels_part():
+    found = []
+    bench_gpu_parts.kernels(lambda name, ok, text: found.append((name, ok, text)), ("c:cpu", "eager:cpu", "none:cpu"))
+    assert [(name, ok) for name, ok, _ in found] == [("c on cpu", True), ("eager on cpu", True), ("none on cpu", False)]
+    assert "166 of 166 cases right" in found[0][2]
 
 
 def test_zero_part(tmp_path):

@@ -7,10 +7,10 @@ import PIL.Image
 import pytest
 import torch
 from classify_images import ViTImageProcessor
+from common.images_data import ImageArguments, Images, load_folder, random_resized_crop, spread
+from common.usage import UsageError
 from datasets import Dataset, Features, Image
-from images_data import ImageArguments, Images, load_folder, random_resized_crop, spread
 from transformers import AutoImageProcessor
-from usage import UsageError
 
 
 def images(digits, *, seed: int | None = 0, processor=None, **options) -> Images:

@@ -6,12 +6,12 @@ import lzma
 from itertools import pairwise
 from pathlib import Path
 
-import lm_data
 import pytest
+from common import lm_data
+from common.lm_args import DataArguments
+from common.usage import UsageError
 from datasets import Dataset, DatasetDict
-from lm_args import DataArguments
 from transformers import AutoTokenizer
-from usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {i} begins.\n\nIt ends with {i * i}." for i in range(20)]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pretrain
 import pytest
 import torch
+from common.lm_data import train_tokenizer
 from datasets import Dataset
-from lm_data import train_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 

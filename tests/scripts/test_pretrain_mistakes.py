@@ -14,9 +14,9 @@ from pathlib import Path
 import pretrain
 import pytest
 import torch
-from data_files import load_file
+from common.data_files import load_file
+from common.usage import UsageError, command, told, writing
 from transformers import ViTConfig, ViTForImageClassification
-from usage import UsageError, command, told, writing
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = "--config_overrides"

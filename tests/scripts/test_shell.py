@@ -38,7 +38,8 @@ def executable(path: Path, text: str) -> None:
 def project(tmp_path):
     """A copy of the scripts below a path with spaces, beside a bin/ with the only programs on the PATH."""
     folder = tmp_path / "my own project"
-    scripts = ("env.sh", "quickstart", "test", "gpu_check", "launch_local", "compare_args.py", "usage.py")
+    scripts = ("quickstart", "test", "gpu_check", "launch_local", "compare_args.py")
+    scripts += ("dev/env.sh", "common/__init__.py", "common/usage.py")
     for name in (*(f"scripts/{script}" for script in scripts), ".ci/run", "setup.py", "constraints.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -72,7 +73,7 @@ def run(project, tmp_path):
 
 
 def test_first_run_installs_torch_first_and_second_does_not(run, project):
-    done, told = run("scripts/env.sh")
+    done, told = run("scripts/dev/env.sh")
     assert done.returncode == 0, done.stderr
     assert f"root={project} python={project}/.venv/bin/python" in done.stdout
     assert "Installed in" in done.stdout
@@ -81,17 +82,17 @@ def test_first_run_installs_torch_first_and_second_does_not(run, project):
     assert told[1].endswith(f"-c constraints.txt {pinned}")
     assert told[2].endswith("-c constraints.txt -e .[scripts,test]")
     assert all(line.startswith(f"{project}: ") for line in told[1:])
-    done, told = run("scripts/env.sh")
+    done, told = run("scripts/dev/env.sh")
     assert (done.returncode, told) == (0, [])
     assert "Already installed" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["setup.py", "constraints.txt"])
 def test_changed_requirements_are_installed(run, project, name):
-    run("scripts/env.sh")
+    run("scripts/dev/env.sh")
     with (project / name).open("a") as file:
         file.write("# changed\n")
-    _, told = run("scripts/env.sh")
+    _, told = run("scripts/dev/env.sh")
     assert [" ".join(line.split()[-2:]) for line in told][-1] == "-e .[scripts,test]"
 
 
@@ -105,29 +106,29 @@ def installed(environment: Path, source: Path | str | None = None) -> Path:
 
 def test_moved_project_is_installed_again(run, project):
     """Also where its environment says that it holds it: what was installed is no longer there."""
-    run("scripts/env.sh")
+    run("scripts/dev/env.sh")
     (project / ".venv/bin/installed-from").write_text("/nowhere\n")
-    done, told = run("scripts/env.sh")
+    done, told = run("scripts/dev/env.sh")
     assert "Installed in" in done.stdout
     assert told[-1].endswith("-e .[scripts,test]")
 
 
 def test_an_environment_of_others_is_asked_for(run, project, tmp_path):
     others = installed(tmp_path / "others")
-    for script in ("scripts/env.sh", "scripts/quickstart", "scripts/test", ".ci/run"):
+    for script in ("scripts/dev/env.sh", "scripts/quickstart", "scripts/test", ".ci/run"):
         done, told = run(script, VIRTUAL_ENV=str(others))
         assert (done.returncode, told) == (2, [])
         (line,) = done.stderr.splitlines()
         assert f"into {others}, which was not made here: allow it by HF_CWD_INSTALL=yes, or deactivate" in line
     assert not (project / ".venv").exists()
-    done, told = run("scripts/env.sh", VIRTUAL_ENV=str(others), HF_CWD_INSTALL="yes")
+    done, told = run("scripts/dev/env.sh", VIRTUAL_ENV=str(others), HF_CWD_INSTALL="yes")
     assert done.returncode == 0, done.stderr
     assert f"python={others}/bin/python" in done.stdout
     assert len(told) == 2
     assert not (project / ".venv").exists()
-    assert run("scripts/env.sh", VIRTUAL_ENV=str(others))[1] == []  # it is installed, and nothing to be asked
+    assert run("scripts/dev/env.sh", VIRTUAL_ENV=str(others))[1] == []  # it is installed, and nothing to be asked
     (project / "constraints.txt").write_text("torch==3\n")
-    assert len(run("scripts/env.sh", VIRTUAL_ENV=str(others))[1]) == 2  # that it may was said before
+    assert len(run("scripts/dev/env.sh", VIRTUAL_ENV=str(others))[1]) == 2  # that it may was said before
 
 
 @pytest.mark.parametrize("is_link", [False, True])
@@ -147,28 +148,28 @@ def test_another_clone_keeps_its_environment(is_link, run, project, tmp_path):
 def test_an_environment_that_another_clone_took_over_is_not_used(run, project, tmp_path):
     """Its stamp says that it is installed for this project, and Python would import another one."""
     others = installed(tmp_path / "others")
-    run("scripts/env.sh", VIRTUAL_ENV=str(others), HF_CWD_INSTALL="yes")
+    run("scripts/dev/env.sh", VIRTUAL_ENV=str(others), HF_CWD_INSTALL="yes")
     (tmp_path / "other clone").mkdir()
     installed(others, tmp_path / "other clone")
-    done, told = run("scripts/env.sh", VIRTUAL_ENV=str(others), HF_CWD_INSTALL="yes")
+    done, told = run("scripts/dev/env.sh", VIRTUAL_ENV=str(others), HF_CWD_INSTALL="yes")
     assert (done.returncode, told) == (2, [])
     assert "has hf_cwd installed from" in done.stderr
 
 
 def test_the_active_environment_may_be_the_project_s_own(run, project):
-    run("scripts/env.sh")
+    run("scripts/dev/env.sh")
     (project / ".venv/.hf_cwd_installed").unlink()
-    done, told = run("scripts/env.sh", VIRTUAL_ENV=str(project / ".venv"))
+    done, told = run("scripts/dev/env.sh", VIRTUAL_ENV=str(project / ".venv"))
     assert done.returncode == 0, done.stderr
     assert len(told) == 2
 
 
 def test_failed_installation_is_told_and_tried_again(run):
-    done, told = run("scripts/env.sh", FAKE_PIP="3")
+    done, told = run("scripts/dev/env.sh", FAKE_PIP="3")
     assert done.returncode == 1
     assert "The installation failed" in done.stderr
     assert sum("pip install" in line for line in told) == 1  # nothing goes on after the first failure
-    done, told = run("scripts/env.sh")
+    done, told = run("scripts/dev/env.sh")
     assert done.returncode == 0
     assert sum("pip install" in line for line in told) == 2
 
@@ -176,7 +177,7 @@ def test_failed_installation_is_told_and_tried_again(run):
 @pytest.mark.parametrize("left_over", ["bin/nothing", "bin/python"])
 def test_half_made_environment_is_made_anew(run, project, left_over):
     executable(project / ".venv" / left_over, FAKE_PYTHON)  # no pip-is-here beside it
-    done, told = run("scripts/env.sh")
+    done, told = run("scripts/dev/env.sh")
     assert done.returncode == 0, done.stderr
     assert "-m venv --clear" in told[0]
 
@@ -184,7 +185,7 @@ def test_half_made_environment_is_made_anew(run, project, left_over):
 def test_an_active_environment_that_does_not_do(run, tmp_path):
     installed(tmp_path / "active")
     for variables, message in (({"FAKE_VERSION": "3.10"}, "3.10"), ({"VIRTUAL_ENV": "/nowhere"}, "/nowhere")):
-        done, _ = run("scripts/env.sh", **({"VIRTUAL_ENV": str(tmp_path / "active")} | variables))
+        done, _ = run("scripts/dev/env.sh", **({"VIRTUAL_ENV": str(tmp_path / "active")} | variables))
         assert done.returncode == 1
         assert message in done.stderr
         assert "deactivate it" in done.stderr
@@ -237,7 +238,7 @@ def test_help_installs_nothing(script, run, project):
 def test_gpu_check_installs_nothing_and_names_an_interpreter_that_does_not_do(run, project):
     done, told = run("scripts/gpu_check", "--help")
     assert done.returncode == 0
-    assert [line.split(": ")[1] for line in told] == [f"{project}/scripts/bench_gpu.py --help"]
+    assert [line.split(": ")[1] for line in told] == [f"{project}/scripts/bench/gpu.py --help"]
     for variables, message in (
         ({"FAKE_VERSION": "3.9"}, "python3 is Python 3.9"),
         ({"PYTHON": "/no"}, "/no does not run"),
@@ -250,7 +251,7 @@ def test_gpu_check_installs_nothing_and_names_an_interpreter_that_does_not_do(ru
 
 @pytest.mark.parametrize("version", ["3.9", "2.7", "3.10"])
 def test_old_python_is_one_sentence(run, project, version):
-    done, _ = run("scripts/env.sh", FAKE_VERSION=version)
+    done, _ = run("scripts/dev/env.sh", FAKE_VERSION=version)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "3.11 or newer" in done.stderr
@@ -261,25 +262,25 @@ def test_old_python_is_one_sentence(run, project, version):
 def test_newer_python_is_found_under_its_own_name(run, tmp_path):
     executable(tmp_path / "bin/python3", FAKE_PYTHON.replace("${FAKE_VERSION:-3.12}", "3.9"))
     executable(tmp_path / "bin/python3.11", FAKE_PYTHON.replace("${FAKE_VERSION:-3.12}", "3.11"))
-    done, _ = run("scripts/env.sh")
+    done, _ = run("scripts/dev/env.sh")
     assert done.returncode == 0, done.stderr
 
 
 def test_no_python_at_all(run, tmp_path):
     (tmp_path / "bin/python3").unlink()
-    done, _ = run("scripts/env.sh")
+    done, _ = run("scripts/dev/env.sh")
     assert done.returncode == 1
     assert "no Python was found" in done.stderr
 
 
 def test_python_asked_for_is_taken_or_refused(run, tmp_path):
     executable(tmp_path / "old", FAKE_PYTHON.replace("${FAKE_VERSION:-3.12}", "3.8"))
-    done, _ = run("scripts/env.sh", PYTHON=str(tmp_path / "old"))
+    done, _ = run("scripts/dev/env.sh", PYTHON=str(tmp_path / "old"))
     assert done.returncode == 1  # although python3 would do
     assert "3.8" in done.stderr
     executable(tmp_path / "new", FAKE_PYTHON)
     (tmp_path / "bin/python3").unlink()
-    assert run("scripts/env.sh", PYTHON=str(tmp_path / "new"))[0].returncode == 0
+    assert run("scripts/dev/env.sh", PYTHON=str(tmp_path / "new"))[0].returncode == 0
 
 
 def test_quickstart_passes_its_arguments_on(run, project):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from common.lm_data import train_tokenizer
 from datasets import Dataset
-from lm_data import train_tokenizer
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
 from trl import (

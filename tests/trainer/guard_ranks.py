@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import torch
+from dev import cpu_ranks
+from dev.forked_runs import clean_state
 
 from hf_cwd import CWDTrainingArguments
-from scripts import cpu_ranks
-from scripts.forked_runs import clean_state
 from tests.distributed.trainer_ranks import weights
 from tests.distributed.trainer_table import zero
 from tests.support.tiny import tiny_llama

@@ -156,7 +156,7 @@ def run(command, folder, **environment):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment for scripts/env.sh: this interpreter, which installs nothing."""
+    """A virtual environment for scripts/dev/env.sh: this interpreter, which installs nothing."""
     folder = tmp_path_factory.mktemp("environment")
     python = folder / "bin/python"
     python.parent.mkdir()
@@ -253,4 +253,4 @@ def test_a_failure_says_where_the_other_ranks_output_is(tmp_path):
     command = (tmp_path / "started").read_text()
     assert command.startswith("0:0,1:3,2:3,3:3 -m accelerate.commands.launch --config_file ")
     assert f"--num_processes 4 --main_process_port 0 --log_dir {folder} " in command
-    assert command.endswith("/scripts/cpu_ranks.py script.py --optim cwd_sgd --use_cpu\n")
+    assert command.endswith("/scripts/dev/cpu_ranks.py script.py --optim cwd_sgd --use_cpu\n")

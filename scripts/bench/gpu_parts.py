@@ -1,9 +1,9 @@
-"""The parts of gpu_check, each run as `bench_gpu_parts.py PART FOLDER SECONDS`; checks go to FOLDER/checks.jsonl."""
+"""The parts of gpu_check, each run as `bench/gpu_parts.py PART FOLDER SECONDS`; checks go to FOLDER/checks.jsonl."""
 
 import functools
-import importlib
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,17 +11,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_train
+if (
+    __name__ == "__main__"
+):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
+
 import torch
-from bench_gpu_zero import zero  # noqa: F401  a part as well
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import train as bench_train
+from bench.gpu_zero import zero  # noqa: F401  a part as well
+
+ROOT = Path(__file__).resolve().parents[2]
 # name, ok (None: a figure that is neither good nor bad), text
 Say = Callable[[str, bool | None, str], None]
 SHAPES = [(257, 129), (64, 64), (1000,), (1,), (3, 5, 7)]
 STEPS, WARM_UP = 8, 3
-# Runs of bench_step.py: model, dtype, family, candidates.
+# Runs of bench/step.py: model, dtype, family, candidates.
 FUSED = ["copy", "cwd_adamw", "cwd_adamw_logged", "cwd_lion", "cwd_lion_logged"]
 MORE = ["torch_adamw_foreach", "cwd_adamw_off", "cwd_adamw_eager", "cwd_adamw_capturable", "cwd_sgd"]
 RUNS = [
@@ -95,8 +101,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def versions(say: Say) -> None:
-    from bench_machine import described, machine
-
+    from bench.machine import described, machine
     from hf_cwd import __version__, kernels
 
     about = machine("cuda", "transformers", "accelerate", "numpy")
@@ -113,29 +118,17 @@ def _chosen(kernels: Any, device: str, wanted: str) -> tuple[bool, str]:
     return found == wanted, f"the {found} kernel{reason}"
 
 
-Kernels = tuple[tuple[str, str, bool], ...]  # name, device, capturable
-KERNELS: Kernels = (("triton", "cuda", False), ("triton", "cuda", True), ("c", "cpu", False), ("eager", "cuda", False))
+KERNELS = ("triton:cuda", "triton:cuda:capturable", "c:cpu", "eager:cuda")  # and devices
 
 
-def kernels(say: Say, chosen: Kernels = KERNELS) -> None:
-    """The truth table of the tests, compiled."""
-    from tests.kernels import truth
-
-    table = truth.cases(few=True)
-    for name, device, capturable in chosen:
-        label = f"{name} on {device}{', capturable' if capturable else ''}"
-        attempt(say, label, functools.partial(_true, truth, table, name, device, capturable))
-
-
-def _true(truth: Any, table: list[Any], name: str, device: str, capturable: bool) -> tuple[bool | None, str]:
-    module, start = importlib.import_module(f"hf_cwd.kernels.{name}"), time.monotonic()
-    chosen = truth.for_capturable(table) if capturable else table
-    found = truth.run(module, device, chosen, eager=name == "eager", capturable=capturable)
-    wrong = {case: problems for case, problems in found.items() if problems}
-    first = "".join(f"; {case}: {problems[0]}" for case, problems in list(wrong.items())[:2])
-    text = f"{len(found) - len(wrong)} of {len(found)} cases right in {time.monotonic() - start:.0f} s{first}"
-    # torch's own operations on a GPU fuse what they like: the eager kernel is near there, and exact on CPUs only.
-    return (None if (name, device) == ("eager", "cuda") else not wrong), text
+def kernels(say: Say, chosen: Sequence[str] = KERNELS) -> None:
+    """The truth table of the tests, compiled. It is a command of theirs, since scripts import no tests."""
+    command = [sys.executable, "-m", "tests.kernels.on_device", *chosen]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            say(**json.loads(line))
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} ended with status {process.returncode}")
 
 
 def graph(say: Say) -> None:
@@ -231,10 +224,10 @@ def training(say: Say, device: str = "cuda", steps: int = 30, config: Any = None
 
 
 def step(say: Say, seconds: float = 150.0, runs: Sequence[Any] = RUNS, device: str = "cuda", pairs: int = 100) -> None:
-    import bench_candidates
-    import bench_step
-    from bench_stats import Interval
-    from bench_targets import goals
+    from bench import candidates as bench_candidates
+    from bench import step as bench_step
+    from bench.stats import Interval
+    from bench.targets import goals
 
     begin = time.monotonic()
     for model, dtype, family, candidates in runs:

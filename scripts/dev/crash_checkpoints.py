@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kills training runs at random moments, resumes them, and compares the ends with those of runs that nobody killed.
 
-    .venv/bin/python scripts/crash_checkpoints.py --kills 200 --layouts one ddp fsdp2 zero3
+    .venv/bin/python scripts/dev/crash_checkpoints.py --kills 200 --layouts one ddp fsdp2 zero3
 
 A tiny Llama is trained by CWDTrainer, saving at each step, on CPU processes. Each run is killed several times (SIGKILL:
 all its ranks, or one of them, whose end the others then see), and each time started again with
@@ -22,7 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if (
+    __name__ == "__main__"
+):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
+
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import numpy as np
@@ -30,8 +34,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from dev.forked_runs import LAYOUTS, STEPS, finish, start, train, warm_up
 from hf_cwd.checkpoint import manifest
-from scripts.forked_runs import LAYOUTS, STEPS, finish, start, train, warm_up
 
 END = f"checkpoint-{STEPS}"
 DIFFERENT = ("trainer_state.json", "training_args.bin")  # times and paths

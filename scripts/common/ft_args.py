@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lm_args import AnyOptimizer, SourceArguments, check_source, flag, parse_flags
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig
-from usage import UsageError
+
+from common.lm_args import AnyOptimizer, SourceArguments, check_source, flag, parse_flags
+from common.usage import UsageError
 
 ADAPTER_FLAGS = ("lora_", "use_", "load_in_", "bnb_")  # how TRL's names begin of what only matters with --use_peft
 

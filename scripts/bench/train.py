@@ -8,14 +8,14 @@ twice; where its ratio to itself is not known to lie within 2 % of 1, the run sa
 token, medians over the rounds with 95 % intervals. Nothing waits for a GPU but the two ends of a block; the optimizer's
 time there is the device's, between two events.
 
-    scripts/bench_train.py --threads 2
-    scripts/bench_train.py --config_name configs/models/llama-111m.json --bf16 --batch_size 16 --block_size 1024
-    scripts/bench_train.py --optimizers adamw_torch_fused cwd_muon cwd_muon:ns=gram,ns_dtype=bfloat16
+    scripts/bench/train.py --threads 2
+    scripts/bench/train.py --config_name configs/models/llama-111m.json --bf16 --batch_size 16 --block_size 1024
+    scripts/bench/train.py --optimizers adamw_torch_fused cwd_muon cwd_muon:ns=gram,ns_dtype=bfloat16
 
 Under DeepSpeed, by as many processes as torchrun starts, of which the first one reports; with CPU offload adamw_torch
 is DeepSpeedCPUAdam there, which Accelerate puts in its place:
 
-    torchrun --nproc_per_node 2 scripts/bench_train.py --deepspeed configs/deepspeed/zero2_offload.json --threads 1 \\
+    torchrun --nproc_per_node 2 scripts/bench/train.py --deepspeed configs/deepspeed/zero2_offload.json --threads 1 \\
         --optimizers adamw_torch cwd_adamw cwd_lion cwd_muon
 """
 
@@ -34,7 +34,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+if (
+    __name__ == "__main__"
+):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
+
+ROOT = Path(__file__).resolve().parents[2]
 OPTIMIZERS = ["adamw_torch_fused", "adamw_torch", "cwd_adamw", "cwd_lion", "cwd_muon"]
 ALPHABET = 64  # tokens that occur in the data
 
@@ -108,11 +113,11 @@ def train(config: Any, name: str, device: str, folder: str, steps: int, warmup: 
             losses, which a GPU would have to wait for).
     """
     import torch
-    from bench_machine import Peak
-    from bench_stopwatch import Stopwatch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     import hf_cwd  # noqa: F401  registers the names
+    from bench.machine import Peak
+    from bench.stopwatch import Stopwatch
 
     optim, _, optim_args = name.partition(":")
     every, batch = options.get("logging_steps", 0), options["batch_size"]
@@ -184,9 +189,10 @@ def quiet() -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from bench_machine import machine
-    from bench_stats import conclusive, paired
     from transformers import AutoConfig
+
+    from bench.machine import machine
+    from bench.stats import conclusive, paired
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -242,8 +248,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(run: dict[str, Any]) -> str:
-    from bench_machine import described
-    from bench_stats import Interval
+    from bench.machine import described
+    from bench.stats import Interval
 
     same = Interval(*(run["same"][key] for key in Interval._fields))
     precision = f"{run['dtype']} weights{', bf16 autocast' if run['bf16'] else ''}"
@@ -268,7 +274,6 @@ def report(run: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     args = parse(argv)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints
         quiet()

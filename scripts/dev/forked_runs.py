@@ -23,8 +23,8 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dev import cpu_ranks
 from hf_cwd import CWDTrainer, CWDTrainingArguments
-from scripts import cpu_ranks
 
 STEPS = 8
 ROWS = 12  # three steps of two ranks: a run goes over the ends of epochs, and is resumed within one

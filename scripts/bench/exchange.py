@@ -5,7 +5,7 @@ Times the exchange without its orthogonalisation, the orthogonalisation without 
 overlap. Beside them a simpler program: every process gathers every matrix and orthogonalises all of them.
 
 Starts its own processes on this machine, or uses those of torchrun: `torchrun --nproc_per_node 8
-scripts/bench_exchange.py --device cuda --hidden 2048 --layers 16`.
+scripts/bench/exchange.py --device cuda --hidden 2048 --layers 16`.
 """
 
 import argparse
@@ -14,12 +14,18 @@ import math
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+if (
+    __name__ == "__main__"
+):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 import torch.distributed as dist

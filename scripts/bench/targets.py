@@ -1,10 +1,10 @@
-"""The goals of hf_cwd's kernels, and whether a run of bench_step.py shows that they hold."""
+"""The goals of hf_cwd's kernels, and whether a run of bench/step.py shows that they hold."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bench_candidates import ELEMENTWISE, MATRIX
-from bench_stats import Interval, median_interval, paired, verdict
+from bench.candidates import ELEMENTWISE, MATRIX
+from bench.stats import Interval, median_interval, paired, verdict
 
 MEGABYTES = 16  # that a step may need above parameters, gradients and states
 HOST = 1e-3  # seconds that a step of up to 300 tensors may take of its host
@@ -61,7 +61,7 @@ class Goal(NamedTuple):
 
 
 def goals(run: Mapping[str, Any]) -> list[Goal]:
-    """Those that this run is about; ``run`` is one entry of bench_step.py's JSON."""
+    """Those that this run is about; ``run`` is one entry of bench/step.py's JSON."""
     found, trusted, rows = [], run["same"]["conclusive"], run["candidates"]
     for ratio in RATIOS:
         if (ratio.device, ratio.family) != (run["device"], run["family"]):

@@ -3,9 +3,9 @@
 import time
 
 import torch
-from bench_machine import synchronize
 from transformers import TrainerCallback
 
+from bench.machine import synchronize
 from hf_cwd.trainer.wrappers import innermost
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from lm_args import SourceArguments, flag
-from lm_data import hold_out, load_rows
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from usage import UsageError
+
+from common.lm_args import SourceArguments, flag
+from common.lm_data import hold_out, load_rows
+from common.usage import UsageError
 
 # What torchvision's ImageFolder takes for images, and .gif.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}

@@ -14,7 +14,8 @@ from typing import BinaryIO
 import datasets
 import pyarrow.parquet
 from datasets import Dataset, concatenate_datasets, load_dataset
-from usage import UsageError, reason, told, writing
+
+from common.usage import UsageError, reason, told, writing
 
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".bz2": b"BZh", ".zst": b"\x28\xb5\x2f\xfd"}

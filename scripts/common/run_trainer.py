@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
-from usage import UsageError, in_words, told, writing
 
+from common.usage import UsageError, in_words, told, writing
 from hf_cwd import CWDTrainerMixin
 from hf_cwd.checkpoint.storage import Storage
 from hf_cwd.trainer.optim_names import chosen, names
@@ -23,7 +23,7 @@ from hf_cwd.trainer.resuming import chosen_checkpoint
 
 # Parts of hf_cwd that refuse in the words of flags.
 OURS = ("hf_cwd.trainer.", "hf_cwd.routing.", "hf_cwd.checkpoint.")
-METRIC = Path(__file__).parent / "metrics/token_accuracy.py"
+METRIC = Path(__file__).parents[1] / "metrics/token_accuracy.py"
 
 
 def set_up_logging(training: TrainingArguments) -> None:

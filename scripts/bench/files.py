@@ -1,4 +1,4 @@
-"""The files of a checkpoint, for bench_checkpoint.py: their size, onto the disk, and out of the system's memory."""
+"""The files of a checkpoint, for bench/checkpoint.py: their size, onto the disk, and out of the system's memory."""
 
 import os
 from pathlib import Path

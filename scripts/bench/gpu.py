@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = ROOT / "scripts/bench_gpu_parts.py"
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "scripts/bench/gpu_parts.py"
 WIDTH = 150  # characters of a line
 
 
@@ -75,8 +75,7 @@ def no_gpu() -> str | None:
 
 
 def start(name: str, folder: Path, limit: float) -> Running:
-    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     own = folder / name
     own.mkdir()
     with (own / "log").open("w") as log:

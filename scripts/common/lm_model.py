@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
-from lm_args import LanguageModelArguments, ModelArguments
-from lm_data import train_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.distributed import DistributedConfig
-from usage import UsageError, told, writing
+
+from common.lm_args import LanguageModelArguments, ModelArguments
+from common.lm_data import train_tokenizer
+from common.usage import UsageError, told, writing
 
 
 def load_config(args: ModelArguments):

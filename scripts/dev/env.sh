@@ -2,7 +2,7 @@
 # reads its arguments before it calls set_up, which installs.
 set -euo pipefail
 
-root="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 
 # A mistake of the caller's ends a script with one line and 2; what fails on the way ends it with 1.
 refuse() {

@@ -1,4 +1,4 @@
-"""The optimizers that bench_step.py compares; each is tried on tiny tensors first, and left out with the reason.
+"""The optimizers that bench/step.py compares; each is tried on tiny tensors first, and left out with the reason.
 
 All decay with 0.1 and step with a learning rate so small that a thousand steps change no weight's sign to speak of.
 """

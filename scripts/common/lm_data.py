@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from data_files import load_file
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from datasets.fingerprint import Hasher
-from lm_args import DataArguments, SourceArguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from usage import UsageError, told
+
+from common.data_files import load_file
+from common.lm_args import DataArguments, SourceArguments
+from common.usage import UsageError, told
 
 END_OF_TEXT = "<|endoftext|>"
 

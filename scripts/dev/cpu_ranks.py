@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Accelerate's FSDP, FSDP2 and ParallelismConfig, and DeepSpeed, on CPU ranks; then as `-m hf_cwd`.
 
-    torchrun --nproc_per_node 2 scripts/cpu_ranks.py script.py --use_cpu --fsdp --optim cwd_adamw ...
-    torchrun --nproc_per_node 2 scripts/cpu_ranks.py script.py --use_cpu --deepspeed configs/deepspeed/zero3.json ...
+    torchrun --nproc_per_node 2 scripts/dev/cpu_ranks.py script.py --use_cpu --fsdp --optim cwd_adamw ...
+    torchrun --nproc_per_node 2 scripts/dev/cpu_ranks.py script.py --use_cpu --deepspeed configs/deepspeed/zero3.json
 
 Accelerate keeps these layouts for accelerators. What runs is its own code, and torch's and DeepSpeed's, with gloo
 between the ranks: to try a layout on a laptop, and in tests. With an accelerator for each rank it is not needed.

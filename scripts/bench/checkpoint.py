@@ -16,9 +16,9 @@ What is to be written is on the disk before the next one's turn, and memory for 
 free memory back to its host, and waits when it wants it again. The disk needs room for six checkpoints. Memory is what
 the first rank needed at the worst moment beside what it had.
 
-    scripts/bench_checkpoint.py --threads 2
-    scripts/bench_checkpoint.py --layouts one fsdp2 zero3 --optim cwd_muon --output_dir DIRECTORY_ON_THAT_DISK
-    scripts/bench_checkpoint.py --cold     # loads from the disk, not from what the system keeps of it in memory
+    scripts/bench/checkpoint.py --threads 2
+    scripts/bench/checkpoint.py --layouts one fsdp2 zero3 --optim cwd_muon --output_dir DIRECTORY_ON_THAT_DISK
+    scripts/bench/checkpoint.py --cold     # loads from the disk, not from what the system keeps of it in memory
 """
 
 import argparse
@@ -36,9 +36,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import bench_files
+if (
+    __name__ == "__main__"
+):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import files as bench_files
+
+ROOT = Path(__file__).resolve().parents[2]
 SAVES = ["plain", "plain again", "plain, synced", "Trainer", "CWDTrainer"]
 LOADS = ["plain", "plain again", "Trainer", "CWDTrainer", "CWDTrainer, fast", "CWDTrainer, off"]
 LIMIT = 1.10  # of CWDTrainer's time to the plain Trainer's
@@ -52,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = ROOT / "configs/models/llama-111m.json"
     parser.add_argument("--config_name", type=Path, default=default, help="of the model (llama-111m.json)")
     parser.add_argument("--optim", default="cwd_adamw", help="(%(default)s)")
-    parser.add_argument("--layouts", nargs="+", default=["one"], help="of scripts/forked_runs.py (one)")
+    parser.add_argument("--layouts", nargs="+", default=["one"], help="of scripts/dev/forked_runs.py (one)")
     parser.add_argument("--rounds", type=int, default=9, help="saves and loads of each (%(default)s)")
     parser.add_argument("--output_dir", type=Path, help="where to save (a temporary directory)")
     parser.add_argument("--cold", action="store_true", help="nothing of a checkpoint is in memory before it is loaded")
@@ -151,8 +156,8 @@ class Rank:
 
     def timed(self, action: Callable[[], Any]) -> tuple[float, int | None]:
         import torch
-        from bench_machine import Peak
 
+        from bench.machine import Peak
         from hf_cwd.distributed import collectives
 
         faulthandler.dump_traceback_later(LONGEST, exit=True)
@@ -223,8 +228,9 @@ def step(checkpoint: Path) -> int:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from bench_machine import machine
     from forked_runs import LAYOUTS, finish, start, warm_up
+
+    from bench.machine import machine
 
     load, found = os.getloadavg(), {}
     for layout in args.layouts:
@@ -243,7 +249,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def report(run: dict[str, Any]) -> str:
-    from bench_machine import described
+    from bench.machine import described
 
     lines = [f"machine: {described(run['machine'])}"]
     for layout, found in run["layouts"].items():
@@ -255,7 +261,7 @@ def report(run: dict[str, Any]) -> str:
 
 
 def table(kind: str, rows: dict[str, Any], sizes: dict[str, int]) -> list[str]:
-    from bench_stats import conclusive, paired, verdict
+    from bench.stats import conclusive, paired, verdict
 
     plain = rows["plain"]["seconds"]
     same = paired(rows["plain again"]["seconds"], plain)
@@ -278,7 +284,6 @@ def table(kind: str, rows: dict[str, Any], sizes: dict[str, int]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     args = parse(argv)
     with tempfile.TemporaryDirectory(dir=args.output_dir) as folder, contextlib.redirect_stdout(sys.stderr):
         run = measure(args, Path(folder))

@@ -1,4 +1,4 @@
-"""One training of bench_gpu_zero.py: the real Trainer with or without DeepSpeed, and what DeepSpeed made of it."""
+"""One training of bench/gpu_zero.py: the real Trainer with or without DeepSpeed, and what DeepSpeed made of it."""
 
 import contextlib
 import gc
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_train
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import train as bench_train
+
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, FP16_STEPS = 6, 20  # in float16 some are skipped, until the loss scale is small enough
 SCALER = {"enabled": "auto", "initial_scale_power": 24, "hysteresis": 1}  # too large at first
 EXACT = "ns_dtype=float32"  # Muon's in float32: in bfloat16 a last bit of a gradient moves half a percent of the result

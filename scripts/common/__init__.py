@@ -1,0 +1,1 @@
+"""What the training scripts share: their arguments, data, models and mistakes."""
