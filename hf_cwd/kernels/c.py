@@ -6,15 +6,14 @@ import os
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache as once
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cwd.kernels import build
-from hf_cwd.kernels.interface import COLUMNS, Item, Row, Sums, Workspace, apply_row, row
+from hf_cwd.kernels.interface import COLUMNS, Item, Row, RowOf, Sums, Workspace, apply_row, row_of
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -120,17 +119,36 @@ def _refused(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> str | None:
     return next((text for text, t in zip(refused, dtypes, strict=True) if t not in DTYPES), None)
 
 
+class _Work(NamedTuple):
+    """What one operation does with an item.
+
+    Attributes:
+        param: is written: the parameter, or the direction.
+        second: is read: the gradient, or the given direction.
+        buffers, remainder: are written, if there are any.
+        scale: on the direction.
+    """
+
+    item: Item
+    param: Tensor
+    second: Tensor
+    buffers: tuple[Tensor, ...]
+    remainder: Tensor | None
+    scale: float = 1.0
+
+
 def update(rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: None) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del workspace, last
-    _run(OPERATIONS[rule.direction], rule, [(item, item.grad, 1.0) for item in items], sums)
+    works = [_Work(item, item.param, item.grad, item.buffers, item.remainder) for item in items]
+    _run(OPERATIONS[rule.direction], works, row_of(rule), sums)
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del workspace
-    outputs = (replace(item, param=u, remainder=None) for item, u in zip(items, outs, strict=True))
-    _run(DIRECTIONS, rule, [(output, output.grad, 1.0) for output in outputs], None)
+    works = [_Work(item, u, item.grad, item.buffers, None) for item, u in zip(items, outs, strict=True)]
+    _run(DIRECTIONS, works, row_of(rule), None)
 
 
 def apply(
@@ -142,18 +160,18 @@ def apply(
 ) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del workspace
-    known = (replace(item, buffers=()) for item in items)
-    _run(APPLY, None, list(zip(known, directions, scales, strict=True)), sums)
+    given = zip(items, directions, scales, strict=True)
+    _run(APPLY, [_Work(item, item.param, u, (), item.remainder, scale) for item, u, scale in given], apply_row, sums)
 
 
 def floor(items: Sequence[Item]) -> None:
     """Reads and writes what :func:`update` would, without its arithmetic: the numbers become meaningless."""
     op = FLOOR4 if len(items[0].buffers) == 2 else FLOOR3
-    _run(op, None, [(item, item.grad, 1.0) for item in items], None)
+    _run(op, [_Work(item, item.param, item.grad, item.buffers, item.remainder) for item in items], apply_row, None)
 
 
-def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]], sums: Sums | None) -> None:
-    """One operation on ``(item, gradient or known direction, scale)``: one call for each combination of dtypes.
+def _run(op: int, works: Sequence[_Work], row_of: RowOf, sums: Sums | None) -> None:
+    """One operation on all of these: one call for each combination of dtypes.
 
     The tables are made anew each step: that takes no longer than to compare every address with those of the last one.
     """
@@ -161,11 +179,10 @@ def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]]
     indices: dict[Any, int] = {}
     tables: dict[Any, list[int]] = {}
     summed: dict[Any, list[tuple[Item, float]]] = {}
-    for item, second, scale in works:
-        param, buffers, remainder = item.param, item.buffers, item.remainder
+    for item, param, second, buffers, remainder, scale in works:
         index = indices.setdefault((id(item.settings), item.step, scale), len(numbers))
         if index == len(numbers):
-            numbers.append(apply_row(item.settings, scale) if rule is None else row(rule, item.settings, item.step))
+            numbers.append(row_of(item.settings, item.step, scale))
         dtypes = (param.dtype, second.dtype, tuple(t.dtype for t in buffers), remainder is not None)
         numel = param.numel()
         tables.setdefault(dtypes, []).extend(
@@ -185,24 +202,24 @@ def _run(op: int, rule: Rule | None, works: Sequence[tuple[Item, Tensor, float]]
     rows = array("f", (number for made in numbers for number in made))
     for dtypes, table in tables.items():
         (param_dtype, second_dtype, states, is_master), tensors = dtypes, array("q", table)
-        found = None if sums is None else _room(summed[dtypes])
+        room = None if sums is None else _room(summed[dtypes])
         job = _Job(
             op if states else APPLY,  # without a buffer the direction is the gradient
             MASTER if is_master else DTYPES[param_dtype],
             DTYPES[second_dtype],
             *([DTYPES[t] for t in states] + [0, 0])[:2],
-            found is not None,
+            room is not None,
             _level(),
             threads(),
             len(tensors) // 8,
             tensors.buffer_info()[0],
             rows.buffer_info()[0],
-            None if found is None else found.data_ptr(),
+            None if room is None else room.data_ptr(),
         )
         _load().cwd_run(ctypes.byref(job), _openmp())
         if sums is not None:
             items, scales = zip(*summed[dtypes], strict=True)
-            sums.add(items, scales, found[: len(items)].clone())
+            sums.add(items, scales, room[: len(items)].clone())
 
 
 def _room(works: Sequence[tuple[Item, float]]) -> Tensor:

@@ -232,6 +232,14 @@ def _decay(lr: float, weight_decay: float, cautious: bool, mask: str) -> dict[st
     return {"opposed": opposed, "aligned": aligned, "neither": neither, "decays": 1.0}
 
 
+RowOf = Callable[[Settings, int, float], Row]  # by settings, number of the step, and scale on the direction
+
+
+def row_of(rule: Rule) -> RowOf:
+    """The rows of a rule: direction, decay and apply. Its directions have no scale here."""
+    return lambda settings, step, scale: row(rule, settings, step)
+
+
 def row(rule: Rule, settings: Settings, step: int) -> Row:
     """The row of a group in a step: the direction, decay and apply."""
     return Row(
@@ -242,8 +250,8 @@ def row(rule: Rule, settings: Settings, step: int) -> Row:
     )
 
 
-def apply_row(settings: Settings, scale: float) -> Row:
-    """The row of a group whose directions are given: decay and apply, with ``scale`` on the direction."""
+def apply_row(settings: Settings, step: int, scale: float) -> Row:
+    """The row of a group whose directions are given: decay and apply, with ``scale`` on the direction, in any step."""
     return Row(
         rate=-settings.lr * scale,
         **_decay(settings.lr, settings.weight_decay, settings.cautious, settings.mask),

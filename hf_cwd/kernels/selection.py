@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,9 @@ def calls(rule: Rule, items: Sequence[Item], describe: Describe = by_shape) -> l
         ValueError: a kernel was asked for by name that does not take an item.
         RuntimeError: a tensor has no memory, or not as much as its shape needs, or the shapes of an item differ.
     """
-    found = _by_kernel(functools.partial(_kernel_for, rule), items, describe=describe, flat=True)
-    return [Call(kernel, [item for _, item in some]) for (kernel, _), some in found.items()]
+    works = [_Work(item, item.grad, item.buffers) for item in items]
+    by_kernel = _by_kernel(functools.partial(_kernel_for, rule), works, describe=describe, flat=True)
+    return [Call(kernel, [item for _, item in some]) for (kernel, _), some in by_kernel.items()]
 
 
 def can_be_kept(calls: Sequence[Call], items: Sequence[Item]) -> bool:
@@ -98,9 +99,9 @@ def directions(
     rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace, describe: Describe = by_shape
 ) -> None:
     """Writes the directions before the matrix stage to ``outs``, which are contiguous and of one dtype."""
-    choose = functools.partial(_kernel_for, rule)
-    found = _by_kernel(choose, items, *{out.dtype for out in outs}, describe=describe)
-    for (kernel, _), some in found.items():
+    choose, works = functools.partial(_kernel_for, rule), [_Work(item, item.grad, item.buffers) for item in items]
+    by_kernel = _by_kernel(choose, works, *{out.dtype for out in outs}, describe=describe)
+    for (kernel, _), some in by_kernel.items():
         kernel.directions(rule, [item for _, item in some], [outs[position] for position, _ in some], workspace)
 
 
@@ -113,59 +114,74 @@ def apply(
     describe: Describe = by_shape,
 ) -> None:
     """Decays, and applies the given directions, which are contiguous."""
-    known = [replace(item, grad=u, buffers=()) for item, u in zip(items, directions, strict=True)]
-    for (kernel, _), some in _by_kernel(_kernel_to_apply, known, describe=describe).items():
+    works = [_Work(item, u, (), "direction") for item, u in zip(items, directions, strict=True)]
+    for (kernel, _), some in _by_kernel(_kernel_to_apply, works, describe=describe).items():
         chosen = [position for position, _ in some]
         kernel.apply(
             [item for _, item in some], [directions[k] for k in chosen], [scales[k] for k in chosen], sums, workspace
         )
 
 
+class _Work(NamedTuple):
+    """What an operation reads and writes of an item, beside its parameter and its remainder.
+
+    Attributes:
+        second: the gradient, or a given direction.
+        buffers: the rule's states, if the operation is about them.
+        name: of ``second``, for messages.
+    """
+
+    item: Item
+    second: Tensor
+    buffers: tuple[Tensor, ...]
+    name: str = "gradient"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        rest = () if self.item.remainder is None else (self.item.remainder,)
+        return (self.item.param, self.second, *self.buffers, *rest)
+
+
 def _by_kernel(
-    choose: Choose, items: Sequence[Item], *out: torch.dtype, describe: Describe, flat: bool = False
+    choose: Choose, works: Sequence[_Work], *out: torch.dtype, describe: Describe, flat: bool = False
 ) -> dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]]:
     """Items and their positions by kernel and device.
 
     ``flat``: items whose order in memory is not that of the dimensions are made flat.
     """
-    found: dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]] = {}
-    known: Any = None
-    shared = share_memory([item.param for item in items])
-    all_plain = not shared and are_plain([t for item in items for t in _tensors(item)])
-    for position, item in enumerate(items):
-        param, grad, buffers, settings = item.param, item.grad, item.buffers, item.settings
-        key = (settings, param.device, param.dtype, grad.dtype, *[t.dtype for t in buffers], *out)
-        if key != known:  # neighbours are mostly alike
-            known, kernel = key, choose(settings.kernel, param.device, key[2:])
+    result: dict[tuple[ModuleType, torch.device], list[tuple[int, Item]]] = {}
+    previous: Any = None
+    shared = share_memory([work.item.param for work in works])
+    all_plain = not shared and are_plain([t for work in works for t in work.tensors])
+    for position, work in enumerate(works):
+        item, param, settings = work.item, work.item.param, work.item.settings
+        key = (settings, param.device, param.dtype, work.second.dtype, *[t.dtype for t in work.buffers], *out)
+        if key != previous:  # neighbours are mostly alike
+            previous, kernel = key, choose(settings.kernel, param.device, key[2:])
             if settings.capturable and kernel is not triton:
                 raise ValueError(
                     f"capturable=True needs the triton kernel, which does not step a parameter of {param.dtype} on "
                     f"{param.device} here. Leave capturable out"
                 )
         shape = param.shape
-        if any(t.shape != shape for t in _tensors(item)):
+        if any(t.shape != shape for t in work.tensors):
             raise RuntimeError(
-                f"{describe(item.owner)}: the part of it on this rank has shape {tuple(shape)}, and its gradient and "
-                f"states {', '.join(str(tuple(t.shape)) for t in _tensors(item)[1:])}. They must be cut alike"
+                f"{describe(item.owner)}: the part of it on this rank has shape {tuple(shape)}, and its {work.name} "
+                f"and states {', '.join(str(tuple(t.shape)) for t in work.tensors[1:])}. They must be cut alike"
             )
         used, given = kernel, item
         if not all_plain:
-            used, given = _taken(kernel, item, describe, flat=flat, is_shared=position in shared)
-        found.setdefault((used, param.device), []).append((position, given))
-    return found
-
-
-def _tensors(item: Item) -> tuple[Tensor, ...]:
-    rest = () if item.remainder is None else (item.remainder,)
-    return (item.param, item.grad, *item.buffers, *rest)
+            used, given = _taken(kernel, work, describe, flat=flat, is_shared=position in shared)
+        result.setdefault((used, param.device), []).append((position, given))
+    return result
 
 
 def _taken(
-    kernel: ModuleType, item: Item, describe: Describe, *, flat: bool, is_shared: bool
+    kernel: ModuleType, work: _Work, describe: Describe, *, flat: bool, is_shared: bool
 ) -> tuple[ModuleType, Item]:
     """The kernel that steps an item, and the item as it is to have it."""
-    tensors = _tensors(item)
-    parts = list(zip(("it", "its gradient", *("its state",) * len(tensors[2:])), tensors, strict=True))
+    item, tensors = work.item, work.tensors
+    parts = list(zip(("it", f"its {work.name}", *("its state",) * len(tensors[2:])), tensors, strict=True))
     for name, tensor in parts:
         if lacks_memory(tensor):
             raise RuntimeError(
@@ -173,7 +189,7 @@ def _taken(
                 f"{tensor.untyped_storage().nbytes()} bytes, which is too small. It was freed or resized: restore it "
                 "before the step"
             )
-        if tensor is not item.grad and overlaps_itself(tensor):
+        if tensor is not work.second and overlaps_itself(tensor):
             raise RuntimeError(
                 f"{describe(item.owner)} cannot be stepped: {name} has strides {tensor.stride()}, by which some of its "
                 "elements share memory. Make it with .clone()"

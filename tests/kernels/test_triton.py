@@ -125,14 +125,14 @@ def test_items_of_a_few_settings_share_rows():
     """Settings are those of a group if they are one object: groups that are alike may part. So are steps, on a GPU."""
     empty, groups = torch.empty(0), [settings("adamw"), settings("adamw")]
     items = [interface.Item(empty, empty, (), None, 1 + k // 8, groups[k % 2], empty) for k in range(12)]
-    rows = tables.rows(RULES["adamw"], items, [1.0] * 12)
+    rows = tables.rows(RULES["adamw"], items)
     assert rows.places == [0, 1] * 4 + [2, 3] * 2
     assert rows.rows == [interface.row(RULES["adamw"], items[k].settings, items[k].step) for k in (0, 1, 8, 9)]
     assert not rows.sources
-    assert tables.rows(None, items, [1.0] * 12).places == [0, 1] * 6, "to decay and apply, the step does not matter"
+    assert tables.rows_to_apply(items, [1.0] * 12).places == [0, 1] * 6, "to decay and apply, the step does not matter"
     steps = [torch.ones(()), torch.ones(())]
     items = [replace(item, step=steps[k % 2]) for k, item in enumerate(items)]
-    assert tables.rows(RULES["adamw"], items, [1.0] * 12).places == [0, 1] * 6
+    assert tables.rows(RULES["adamw"], items).places == [0, 1] * 6
 
 
 def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
@@ -140,7 +140,7 @@ def test_a_captured_step_has_a_table_of_its_own(monkeypatch):
     monkeypatch.setattr(tables.Table, "_pinned", lambda self: self.host.clone())
     x, *grads = torch.zeros(4, 8).unbind()
     item = interface.Item(x, x, (), None, torch.ones(()), settings("sgd", capturable=True), x)
-    rows, own = tables.rows(None, [item], [1.0]), tables.Tables()
+    rows, own = tables.rows_to_apply([item], [1.0]), tables.Tables()
 
     def written(grad, capturing):
         return own.written([(x, grad)], rows, block=4, capturing=capturing)
@@ -163,7 +163,7 @@ def test_a_learning_rate_on_the_device_must_be_one_that_the_kernel_reads():
     lr = torch.tensor(1e-3, dtype=torch.bfloat16)
     item = interface.Item(lr, lr, (), None, torch.ones(()), settings("lion", lr=lr), lr)
     with pytest.raises(ValueError, match=r"lr is a tensor of torch\.bfloat16"):
-        tables.rows(RULES["lion"], [item], [1.0])
+        tables.rows(RULES["lion"], [item])
 
 
 @pytest.mark.parametrize(

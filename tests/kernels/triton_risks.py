@@ -312,7 +312,7 @@ def _rows_differ(rule: str, made: interface.Settings) -> Iterator[str]:
     items = [interface.Item(torch.empty(0), torch.empty(0), (), None, step, made, step) for step in here]
     for applied in (False, True):
         scales = [0.2 * (k + 1) ** 0.5 if applied else 1.0 for k in range(len(steps))]
-        given = tables.rows(None if applied else RULES[rule], items, scales)
+        given = tables.rows_to_apply(items, scales) if applied else tables.rows(RULES[rule], items)
         found = templates = torch.tensor(given.rows)
         if given.sources:  # without them nothing is on the device: a learning rate that is a float, and no step
             numbers = torch.tensor(given.numbers, dtype=torch.float64).view(torch.int64)
@@ -320,7 +320,7 @@ def _rows_differ(rule: str, made: interface.Settings) -> Iterator[str]:
             triton.kernels().fill_rows[(len(templates),)](words, words.view(torch.float64), templates, found)
         at = made._replace(lr=float(made.lr))
         for k, (step, scale) in enumerate(zip(steps, scales, strict=True)):
-            row = interface.apply_row(at, scale) if applied else interface.row(RULES[rule], at, step)
+            row = interface.apply_row(at, step, scale) if applied else interface.row(RULES[rule], at, step)
             right = torch.tensor(row)
             if not torch.equal(found[k].view(torch.int32), right.view(torch.int32)):
                 wrong = [name for name, a, b in zip(interface.Row._fields, found[k], right, strict=True) if a != b]

@@ -8,7 +8,7 @@ runs on a CPU, for tests.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -87,15 +87,16 @@ def update(
         (i.param, i.grad, *i.buffers) if i.remainder is None else (i.param, i.grad, *i.buffers, i.remainder)
         for i in items
     ]
-    table, places = _run(operation, rule, items, tasks, scales, sums, workspace)
-    return tables.Written.of(table, places) if table.is_aligned and not _capturing(device) else last
+    new = tables.rows(rule, items)
+    table = _run(operation, rule, items, tasks, new, scales, sums, workspace)
+    return tables.Written.of(table, new.places) if table.is_aligned and not _capturing(device) else last
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
     """The directions before the matrix stage, see :class:`hf_cwd.kernels.interface.Kernel`."""
     tasks = [(u, item.grad, *item.buffers) for u, item in zip(outs, items, strict=True)]
     if items:
-        _run("directions", rule, items, tasks, [1.0] * len(items), None, workspace)
+        _run("directions", rule, items, tasks, tables.rows(rule, items), [1.0] * len(items), None, workspace)
 
 
 def apply(
@@ -111,30 +112,33 @@ def apply(
         for item, u in zip(items, directions, strict=True)
     ]
     if items:
-        _run("apply", None, items, tasks, scales, sums, workspace)
+        _run("apply", "any rule", items, tasks, tables.rows_to_apply(items, scales), scales, sums, workspace)
 
 
 def _run(
     operation: str,
-    rule: Rule | None,
+    owner: Hashable,
     items: Sequence[Item],
     tasks: Sequence[tuple[Tensor, ...]],
+    new: tables.Rows,
     scales: Sequence[float],
     sums: Sums | None,
     workspace: Workspace,
-) -> tuple[tables.Table, list[int]]:
+) -> tables.Table:
     """Launches an operation on all tasks: x (or the output), the gradient (or the direction), states, remainder.
 
-    Returns the table that it wrote, and the place of each item's row in it.
+    Returns the table that it wrote.
+
+    Args:
+        owner: each has tables of its own: one that a rule goes on with must not be written for another one's tensors.
+        new: the rows of the items.
     """
     device = tasks[0][0].device
-    # Each rule has tables of its own: one that it goes on with must not be written for another one's tensors.
-    own = workspace.tables.setdefault((operation, rule, device), tables.Tables())
+    own = workspace.tables.setdefault((operation, owner, device), tables.Tables())
     with _on(device):
-        new, capturing = tables.rows(rule, items, scales), _capturing(device)
-        table = own.written(tasks, new, block=BLOCK, capturing=capturing)
+        table = own.written(tasks, new, block=BLOCK, capturing=_capturing(device))
         _launches(operation, table, items, scales, sums)
-    return table, new.places
+    return table
 
 
 def _on(device: torch.device) -> AbstractContextManager:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.kernels import interface
-from hf_cwd.kernels.interface import Item
+from hf_cwd.kernels.interface import Item, RowOf
 from hf_cwd.rules.base import Rule
 
 # As in triton_ops.py, which is not imported here since it needs Triton.
@@ -45,42 +45,46 @@ class Rows(NamedTuple):
     numbers: list[tuple[float, ...]]
 
 
-def rows(rule: Rule | None, items: Sequence[Item], scales: Sequence[float]) -> Rows:
-    """The rows of items, ``rule`` None: to decay and apply."""
+def rows(rule: Rule, items: Sequence[Item]) -> Rows:
+    """The rows by which a rule steps items, or computes their directions."""
+    return _rows(interface.row_of(rule), items, [item.step for item in items], [1.0] * len(items))
+
+
+def rows_to_apply(items: Sequence[Item], scales: Sequence[float]) -> Rows:
+    """The rows by which items are decayed, and given directions applied with these scales. Steps do not matter."""
+    return _rows(interface.apply_row, items, [1] * len(items), scales)
+
+
+def _rows(row_of: RowOf, items: Sequence[Item], steps: Sequence[int | Tensor], scales: Sequence[float]) -> Rows:
     # A few hundred items have a few settings, one object for each group; groups that are alike may part later.
-    steps = [item.step for item in items] if rule is not None else [1] * len(items)
     names = [(id(item.settings), step, scale) for item, step, scale in zip(items, steps, scales, strict=True)]
     first = {name: number for number, name in reversed(list(enumerate(names)))}
-    found = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    keys = [(items[first[name]].settings, *name[1:]) for name in found]
-    return made(rule, keys, [found[name] for name in names])
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    keys = [(items[first[name]].settings, *name[1:]) for name in numbers]
+    return made(row_of, keys, [numbers[name] for name in names])
 
 
-def made(rule: Rule | None, keys: Sequence[tuple[interface.Settings, int | Tensor, float]], places: list[int]) -> Rows:
+def made(row_of: RowOf, keys: Sequence[tuple[interface.Settings, int | Tensor, float]], places: list[int]) -> Rows:
     """The rows of these settings, steps and scales on the direction."""
     if not any(isinstance(step, Tensor) or isinstance(given.lr, Tensor) for given, step, _ in keys):
-        return Rows([_row(rule, *key) for key in keys], places, [], [])
+        return Rows([row_of(*key) for key in keys], places, [], [])
     templates: dict[Hashable, interface.Row] = {}
     result = Rows([], places, [], [])
     for given, step, scale in keys:
         key = (id(given), None if isinstance(step, Tensor) else step, scale)
         if key not in templates:
-            templates[key] = _template(rule, given, step, scale)
+            templates[key] = _template(row_of, given, step, scale)
         result.rows.append(templates[key])
         result.sources.append(_sources(given, step))
         result.numbers.append(_numbers(given, scale))
     return result
 
 
-def _template(rule: Rule | None, settings: interface.Settings, step: int | Tensor, scale: float) -> interface.Row:
+def _template(row_of: RowOf, settings: interface.Settings, step: int | Tensor, scale: float) -> interface.Row:
     if not isinstance(step, Tensor) and not isinstance(settings.lr, Tensor):
-        return _row(rule, settings, step, scale)
+        return row_of(settings, step, scale)
     unit = settings._replace(lr=1.0, weight_decay=float(settings.weight_decay != 0))
-    return _row(rule, unit, 2 if isinstance(step, Tensor) else step, 1.0)
-
-
-def _row(rule: Rule | None, settings: interface.Settings, step: int, scale: float) -> interface.Row:
-    return interface.apply_row(settings, scale) if rule is None else interface.row(rule, settings, step)
+    return row_of(unit, 2 if isinstance(step, Tensor) else step, 1.0)
 
 
 def _sources(settings: interface.Settings, step: int | Tensor) -> tuple[int, int, int]:
@@ -140,7 +144,7 @@ class Table:
         # Where the words of addresses are, and which of the call's addresses belong there.
         words = [(place, j) for place, number in enumerate(order) for j in range(len(tasks[number]))]
         self._targets = torch.tensor([place * WORDS + j for place, j in words])
-        self._origins = torch.tensor([starts[order[place]] + j for place, j in words])
+        self._addresses = torch.tensor([starts[order[place]] + j for place, j in words])
 
         self._groups, self._sizes = list(groups), [len(members) for members in groups.values()]
         self._places = [self._sent(_places(part, block)) for part in lengths.split(self._sizes)]
@@ -170,7 +174,7 @@ class Table:
 
     def write(self, addresses: "array[int]", new: Rows) -> None:
         """Brings the table up to date with the addresses of all of the call's tensors."""
-        self.host[self._targets] = torch.frombuffer(addresses, dtype=torch.int64)[self._origins]
+        self.host[self._targets] = torch.frombuffer(addresses, dtype=torch.int64)[self._addresses]
         self.host[: self._ends[0]].view(-1, WORDS)[:, ROW] = torch.tensor(new.places)[self._order]
         self._send(new)
 
@@ -278,5 +282,5 @@ class Written(NamedTuple):
         if functools.reduce(operator.or_, gradients) % ALIGNMENT:
             return None
         keys = [(items[k].settings, items[k].step, 1.0) for k in self.samples]
-        self.table.rewrite(gradients, made(rule, keys, self.places))
+        self.table.rewrite(gradients, made(interface.row_of(rule), keys, self.places))
         return self.table
