@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from hf_cwd.cli import cost_table
+from hf_cwd.cli.layout import GRAMMAR, parse_layout
 from hf_cwd.estimate import zero_costs
-from hf_cwd.estimate.parallelism import GRAMMAR, Zero, parse_layout
+from hf_cwd.estimate.parallelism import Zero
 from hf_cwd.estimate.step_cost import step_cost
 from hf_cwd.routing.route import Route, Routing, route
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import has_remainder, state_dtype
-from hf_cwd.trainer.optim_args import optimizer_arguments
+from hf_cwd.trainer.optim_args import modules_by_flag, optimizer_arguments
 from hf_cwd.trainer.optim_names import PREFIX, names
 
 # Tried in this order if a configuration does not name its model class.
@@ -172,7 +173,8 @@ def routed(model: nn.Module, rule: Rule, target_modules: str | None = None) -> R
         ValueError: see :func:`hf_cwd.route`; also if the rule needs matrices and the model has none.
     """
     if rule.companion is not None:
-        routing = route(model, matrices=rule.name, others=rule.companion, target_modules=target_modules)
+        with modules_by_flag():
+            routing = route(model, matrices=rule.name, others=rule.companion, target_modules=target_modules)
         routing([{"params": [p for p in model.parameters() if p.requires_grad]}])  # refuses a model without a matrix
         return routing
     routes = []

@@ -1,4 +1,4 @@
-"""The parallelism that ``--layout`` describes: the number of ranks of each kind, and the sharding of each parameter."""
+"""A layout of a training: the number of ranks of each kind of parallelism, and the sharding of each parameter."""
 
 import re
 from collections.abc import Mapping
@@ -12,14 +12,6 @@ from hf_cwd.distributed.geometry import Mesh, Placement, Replicate, Shape, Shard
 
 # Ranks are numbered in this order: neighbours are in the same tensor-parallel group.
 DIMENSIONS = ("ddp", "fsdp2", "tp", "ep")
-ZERO = tuple(f"zero{stage}{suffix}" for suffix in ("", "_offload") for stage in (1, 2, 3))
-RANKS = 100_000  # more would take minutes to compute
-GRAMMAR = (
-    "ddp, fsdp2, tp, or several of them with their sizes: ddp=128,fsdp2=8 (HSDP: 128 replicas of 8 shards), "
-    "fsdp2=128,tp=8, fsdp2=128,tp=8,ep=64 (ep: experts, over the ranks of fsdp2 and tp). Or one of DeepSpeed's zero1, "
-    "zero2 and zero3, with _offload for an optimizer in the CPU's memory: zero3=8, zero2_offload=8. One of ddp, fsdp2, "
-    "tp and zero may have no size if --world is given"
-)
 
 
 @dataclass(frozen=True)
@@ -27,9 +19,10 @@ class Parallelism:
     """The number of ranks of each kind of parallelism. The ranks of ``ep`` are ranks of ``fsdp2`` and ``tp``.
 
     Example:
-        >>> from hf_cwd.estimate.parallelism import parse_layout
-        >>> print(parse_layout("ddp=4,fsdp2", 32))
-        ddp=4,fsdp2=8
+        >>> from hf_cwd.estimate.parallelism import Parallelism
+        >>> layout = Parallelism(ddp=4, fsdp2=8)
+        >>> print(layout, layout.world)
+        ddp=4,fsdp2=8 32
     """
 
     ddp: int = 1
@@ -50,9 +43,9 @@ class Zero:
     """DeepSpeed's ZeRO over all ranks. With ``offload`` the optimizer is in the CPU's memory.
 
     Example:
-        >>> from hf_cwd.estimate.parallelism import parse_layout
-        >>> parse_layout("zero3_offload", 8)
-        Zero(stage=3, world=8, offload=True)
+        >>> from hf_cwd.estimate.parallelism import Zero
+        >>> print(Zero(stage=3, world=8, offload=True))
+        zero3_offload=8
     """
 
     stage: int
@@ -61,62 +54,6 @@ class Zero:
 
     def __str__(self) -> str:
         return f"zero{self.stage}{'_offload' if self.offload else ''}={self.world}"
-
-
-def parse_layout(text: str, world: int | None) -> Parallelism | Zero:
-    """Parses ``--layout`` and ``--world``.
-
-    Raises:
-        ValueError: the text does not follow the grammar, or the sizes do not fit together.
-    """
-    if world is not None and not 1 <= world <= RANKS:
-        raise ValueError(f"--world {world}: give the number of ranks, which is from 1 to {RANKS:,}")
-    sizes = _sizes(text)
-    zero = next((name for name in ZERO if name in sizes), None)
-    if zero is not None and len(sizes) > 1:
-        others = " and ".join(name for name in sizes if name != zero)
-        raise ValueError(
-            f"--layout {text!r}: {zero} is over all ranks, and has not been tried together with {others}: leave "
-            f"{others} out, or {zero}"
-        )
-    complete = _with_open_size(text, sizes, world)
-    result = Parallelism(**complete) if zero is None else Zero(int(zero[4]), complete[zero], zero.endswith("_offload"))
-    _check_size(text, result.world, world)
-    if zero is None and (result.fsdp2 * result.tp % result.ep or (result.ep > 1 and result.ep % result.tp)):
-        raise ValueError(f"--layout {text!r}: ep must be a multiple of tp, and a divisor of fsdp2 x tp")
-    return result
-
-
-def _sizes(text: str) -> dict[str, int | None]:
-    """The sizes in ``--layout`` by name; None for a name without a size."""
-    sizes: dict[str, int | None] = {}
-    for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(rf"({'|'.join((*DIMENSIONS, *ZERO))})(?:=([1-9]\d*))?", part)
-        if match is None or match[1] in sizes:
-            raise ValueError(f"--layout {text!r}: {part!r} is not understood. Write {GRAMMAR}")
-        sizes[match[1]] = None if match[2] is None else int(match[2])
-    return sizes
-
-
-def _with_open_size(text: str, sizes: Mapping[str, int | None], world: int | None) -> dict[str, int]:
-    """The sizes, with the one that is missing computed from the number of ranks."""
-    open_ = [name for name, size in sizes.items() if size is None]
-    if "ep" in open_ or len(open_) > 1 or (open_ and world is None):
-        missing = "ep" if "ep" in open_ else open_[0]
-        raise ValueError(f"--layout {text!r}: say how many ranks {missing} has, {missing}=8, or give --world")
-    if not open_:
-        return dict(sizes)
-    given = prod(size for name, size in sizes.items() if size is not None and name != "ep")
-    if world % given:
-        raise ValueError(f"--layout {text!r}: {given} does not divide --world {world}")
-    return {**sizes, open_[0]: world // given}
-
-
-def _check_size(text: str, size: int, world: int | None) -> None:
-    if size > RANKS:
-        raise ValueError(f"--layout {text!r} has {size:,} ranks: give {RANKS:,} at most")
-    if world not in (None, size):
-        raise ValueError(f"--layout {text!r} has {size} ranks, and --world is {world}: leave --world out")
 
 
 def shardings(model: nn.Module, parallelism: Parallelism) -> dict[str, Mesh]:
@@ -190,11 +127,11 @@ def _mesh(shape: Shape, placements: tuple[Placement, ...]) -> Mesh:
 def _plan(model: nn.Module, dimension: str) -> dict[str, str]:
     """transformers' plan: the style of sharding by module or parameter, with a ``*`` for each number in the name."""
     if hasattr(model, "peft_config"):
-        raise ValueError(f"--layout with {dimension} is not known for a PEFT adapter: explain its base model")
+        raise ValueError(f"a layout with {dimension} is not known for a PEFT adapter: take its base model")
     plan = getattr(model, f"_{dimension}_plan", None) or {}
     if not plan or (dimension == "ep" and "ep_dispatch_experts" not in plan.values()):
         raise ValueError(
-            f"transformers has no {dimension} plan for {type(model).__name__}: leave {dimension} out of --layout"
+            f"transformers has no {dimension} plan for {type(model).__name__}: leave {dimension} out of the layout"
         )
     return plan
 
@@ -224,4 +161,6 @@ def _placement(name: str, p: Tensor, style: str | None) -> Placement:
             return Replicate()
         case "mla_kv_a_proj" | "moe_tp_experts" | "moe_identity_expert" | "local_params" | "ep_dispatch_experts":
             return Replicate()
-    raise ValueError(f"{name} is sharded in the style {style!r}, which hf_cwd does not know: leave tp out of --layout")
+    raise ValueError(
+        f"{name} is sharded in the style {style!r}, which hf_cwd does not know: leave tp out of the layout"
+    )

@@ -71,8 +71,8 @@ def _zero_step_cost(
 ) -> StepCost:
     if arguments.get("master", "none") != "none":
         raise ValueError(
-            f"--optim_args master={arguments['master']} with --layout {parallelism}: DeepSpeed keeps float32 masters "
-            "itself, and the optimizer needs none. Leave master out"
+            f"master={arguments['master']} with {parallelism}: DeepSpeed keeps float32 masters itself, and the "
+            "optimizer needs none. Leave master out"
         )
     flats = zero_costs.flat_tensors(costs.groups(model, routing), parallelism)
     memory = zero_costs.memory(model, flats, parallelism, states=states, dtype=dtype)

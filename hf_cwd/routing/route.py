@@ -98,7 +98,7 @@ class Routing:
         if not first:
             raise ValueError(
                 f"{self._model_name} has no trainable matrix for {self._matrices}: all of its parameters are "
-                f"embeddings, heads, vectors or the like ({self._reasons()}). Use --optim cwd_adamw"
+                f"embeddings, heads, vectors or the like ({self._reasons()}). Use an element-wise rule such as AdamW"
             )
         if self.unknown and collectives.rank() == 0:
             logger().warning(self._unknown_line())
@@ -114,7 +114,7 @@ class Routing:
         )
         return (
             f"{self.unknown[0].algorithm} takes parameters that may be matrices for {self._matrices}: {shown}. "
-            f"--optim_target_modules would give it to {self._matrices}"
+            f"target_modules would give it to {self._matrices}"
         )
 
     def _route(self, param: Any) -> Route | None:
@@ -178,7 +178,7 @@ def route(
     - Frozen parameters are left out.
 
     Args:
-        target_modules: restricts ``matrices`` to these modules, as ``--optim_target_modules`` does: a regular
+        target_modules: restricts ``matrices`` to these modules, as ``optim_target_modules`` does: a regular
             expression for the whole name of a module, a list of names, parts of names or expressions, or
             ``"all-linear"``. A parameter that is in no table is a matrix in a named module, and goes to ``others``
             elsewhere.

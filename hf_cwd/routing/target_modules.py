@@ -1,4 +1,4 @@
-"""``--optim_target_modules``, the modules to which Muon is restricted."""
+"""The modules to which Muon is restricted, as the Trainer's ``--optim_target_modules`` names them."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hf_cwd.routing.classify import Classification, Place, as_named
 
-OUTSIDE = "not in --optim_target_modules"
+OUTSIDE = "not in target_modules"
 
 
 class TargetModules:
-    """Parses ``--optim_target_modules`` as transformers does for its own optimizers."""
+    """Parses ``target_modules`` as transformers does for its own optimizers."""
 
     def __init__(self, wanted: str | Sequence[str]) -> None:
         if isinstance(wanted, str) and wanted.lstrip().startswith("["):
@@ -27,8 +27,7 @@ class TargetModules:
             or not all(isinstance(e, str) and e for e in entries)
         ):
             raise ValueError(
-                f"--optim_target_modules {wanted!r} names no modules: give a regular expression, a list of names or "
-                "all-linear"
+                f"target_modules {wanted!r} names no modules: give a regular expression, a list of names or all-linear"
             )
         self._entries = list(entries)
         self._used: dict[str, bool] = dict.fromkeys(self._entries, False)
@@ -37,7 +36,7 @@ class TargetModules:
             try:
                 re.compile(entry)
             except re.error as error:
-                raise ValueError(f"--optim_target_modules {entry!r} is not a regular expression: {error}") from None
+                raise ValueError(f"target_modules {entry!r} is not a regular expression: {error}") from None
 
     def restrict(self, parameter: Classification, p: Tensor, places: list[Place]) -> Classification:
         """Treats parameters outside of the named modules as no matrices, and unknown ones inside as matrices."""
@@ -66,7 +65,7 @@ class TargetModules:
         for entry, used in self._used.items():
             if not used:
                 why = self._refused.get(entry, "no module has such a name")
-                raise ValueError(f"--optim_target_modules {entry!r} names no matrix that {matrices} could take: {why}")
+                raise ValueError(f"target_modules {entry!r} names no matrix that {matrices} could take: {why}")
 
 
 def _from_json(text: str) -> Any:
@@ -77,7 +76,7 @@ def _from_json(text: str) -> Any:
         # Names of modules have no quotes, and no commas outside of a quantifier: text with them is meant as a list.
         if re.search("[\"',]", re.sub(r"\{\d*,\d*\}", "", text)):
             raise ValueError(
-                f"--optim_target_modules {text!r} begins like a JSON list, but is not valid JSON: {error}. Write it as "
+                f"target_modules {text!r} begins like a JSON list, but is not valid JSON: {error}. Write it as "
                 """'["q_proj", "v_proj"]', in quotes that keep the shell from reading it"""
             ) from None
         return text

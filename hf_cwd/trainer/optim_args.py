@@ -3,10 +3,12 @@
 ``--optim_args`` is text, ``key=value,key=value``. A YAML or JSON file may also give a mapping.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,6 +37,15 @@ class Option(NamedTuple):
 
     argument: str
     hyperparameter: Hyperparameter
+
+
+@contextlib.contextmanager
+def modules_by_flag() -> Iterator[None]:
+    """A context in which an error that names the argument ``target_modules`` names the Trainer's flag for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(re.sub(r"^(?=target_modules\b)", "--optim_", str(error))) from None
 
 
 def as_text(optim_args: Any) -> str | None:
@@ -152,7 +163,10 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
     if args.optim_target_modules is not None:
         if rule.companion is None:
             raise ValueError(f"--optim_target_modules has no effect on {name}, which takes any module: leave it out")
-        TargetModules(args.optim_target_modules)  # an invalid regular expression fails here, before a model is loaded
+        with modules_by_flag():
+            TargetModules(
+                args.optim_target_modules
+            )  # an invalid regular expression fails here, before a model is loaded
     own = {"lr": values["learning_rate"], "weight_decay": values["weight_decay"]}
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     # A flag that is given its default value looks like one that is not given.

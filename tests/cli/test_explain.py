@@ -68,7 +68,7 @@ def test_it_says_what_training_does(explained, tmp_path):
         group = trained[name]
         assert (rule, float(lr), float(weight_decay)) == (group["algorithm"], group["lr"], group["weight_decay"])
         assert shape == "x".join(map(str, model.get_parameter(name).shape))
-    assert {row[-1] for name, row in table.items() if "q_proj" in name} == {"not in --optim_target_modules"}
+    assert {row[-1] for name, row in table.items() if "q_proj" in name} == {"not in target_modules"}
 
 
 def test_element_wise_rules(explained, tmp_path):

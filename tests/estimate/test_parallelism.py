@@ -16,10 +16,11 @@ from dev import cpu_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cwd import route
+from hf_cwd.cli.layout import parse_layout
 from hf_cwd.distributed.geometry import Mesh, everywhere
 from hf_cwd.distributed.plan import flops_per_byte, plan
 from hf_cwd.estimate.costs import entries, local_sizes
-from hf_cwd.estimate.parallelism import Parallelism, Zero, parse_layout, shardings
+from hf_cwd.estimate.parallelism import Parallelism, Zero, shardings
 from hf_cwd.trainer.optim_args import optimizer_arguments
 from tests.routing.architectures import MODELS
 from tests.support.forking import fork, free_port
@@ -146,7 +147,7 @@ def ranks(tmp_path_factory):
     for world in CASES:
         folder = tmp_path_factory.mktemp("ranks")
         network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-        launch(__file__, folder, cwd=folder, start=fork, PYTHONPATH=str(ROOT), **network)
+        launch("-m", "tests.estimate.test_parallelism", folder, cwd=folder, start=fork, PYTHONPATH=str(ROOT), **network)
         results[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return results
 

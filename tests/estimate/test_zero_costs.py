@@ -197,7 +197,7 @@ def test_masters_of_masters_are_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["hf-cwd", "explain", str(tmp_path), *flags])
     with pytest.raises(SystemExit):
         main()
-    assert "master=remainder with --layout zero2=2: DeepSpeed keeps float32 masters itself" in capsys.readouterr().err
+    assert "master=remainder with zero2=2: DeepSpeed keeps float32 masters itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -266,7 +266,7 @@ def test_a_method_that_is_not_known_yet_trains_and_is_named(arguments, caplog):
     named = [r.getMessage() for r in caplog.records if "novel_core" in r.getMessage()]
     assert named == [
         "adamw takes parameters that may be matrices for muon: model.layers.0.self_attn.q_proj.novel_core and 1 more "
-        "(no rule knows Unheard.novel_core). --optim_target_modules would give it to muon"
+        "(no rule knows Unheard.novel_core). target_modules would give it to muon"
     ]
     for layer, old in zip(model.model.layers, before, strict=True):
         assert not torch.equal(layer.self_attn.q_proj.novel_core, old)

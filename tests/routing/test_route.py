@@ -135,15 +135,13 @@ def test_what_no_table_knows_goes_to_adamw_and_is_named(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "adamw takes parameters that may be matrices for muon: 1.mixing and 1 more (no rule knows Mixer.mixing); "
         f"1.blocks and 1 more (no rule knows Mixer.blocks); 1.my_qkv.weight and 1 more ({fused}). "
-        "--optim_target_modules would give it to muon"
+        "target_modules would give it to muon"
     ]
 
 
 def test_where_nothing_but_the_unknown_is_left_muon_is_refused():
     model = nn.Sequential(Mixer(), nn.Linear(4, 2))
-    with pytest.raises(
-        ValueError, match=r"no trainable matrix for muon.*no rule knows Mixer\.mixing.*--optim cwd_adamw"
-    ):
+    with pytest.raises(ValueError, match=r"no trainable matrix for muon.*no rule knows Mixer\.mixing.*such as AdamW"):
         CWDMuon(model.parameters(), routing=route(model))
 
 
@@ -160,8 +158,8 @@ def test_target_modules_settle_what_no_table_knows(caplog):
     assert route(model, target_modules=["0", "1.mixing"]).unknown == []
     assert routes(model, target_modules="all-linear") == {
         "0.weight": "muon: hidden matrix",
-        "1.mixing": "adamw: not in --optim_target_modules (no rule knows Mixer.mixing)",
-        "1.blocks": "adamw: not in --optim_target_modules (no rule knows Mixer.blocks)",
+        "1.mixing": "adamw: not in target_modules (no rule knows Mixer.mixing)",
+        "1.blocks": "adamw: not in target_modules (no rule knows Mixer.blocks)",
         "1.my_qkv.weight": "frozen: frozen",
         "2.weight": "adamw: output head (nothing follows it)",
     }
@@ -187,7 +185,7 @@ def test_optim_target_modules_restrict_muon_to_what_they_name(targets, named, ar
     assert {name for name, reason in after.items() if reason.startswith("muon")} == expected
     for name in before:
         outside = before[name].startswith("muon") and name not in expected
-        assert after[name] == ("adamw: not in --optim_target_modules" if outside else before[name])
+        assert after[name] == ("adamw: not in target_modules" if outside else before[name])
     args = arguments(optim="cwd_muon", optim_target_modules=targets)
     groups = Trainer(model=model, args=args).create_optimizer().param_groups
     names = {p: name for name, p in model.named_parameters()}
@@ -253,16 +251,14 @@ def test_a_subclass_s_decay_set_is_honoured(arguments):
 
 def test_no_matrix_is_an_error(arguments):
     model = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
-    with pytest.raises(
-        ValueError, match=r"Sequential has no trainable matrix for muon.*1 x embedding.*--optim cwd_adamw"
-    ):
+    with pytest.raises(ValueError, match=r"Sequential has no trainable matrix for muon.*1 x embedding.*such as AdamW"):
         Trainer(model=model, args=arguments(optim="cwd_muon")).create_optimizer()
     model = tiny_llama()
     for name, p in model.named_parameters():
         p.requires_grad_(not name.endswith("proj.weight"))
     with pytest.raises(ValueError, match=r"no trainable matrix.*14 x frozen"):
         Trainer(model=model, args=arguments(optim="cwd_muon")).create_optimizer()
-    message = r"PeftModel has no trainable matrix for muon.*4 x vector \(one row or column\).*--optim cwd_adamw"
+    message = r"PeftModel has no trainable matrix for muon.*4 x vector \(one row or column\).*such as AdamW"
     with pytest.raises(ValueError, match=message):
         Trainer(model=llama_with_lora(rank=1), args=arguments(optim="cwd_muon")).create_optimizer()
 

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_cwd import CWDTrainingArguments
 from hf_cwd.cli import main
-from hf_cwd.estimate.parallelism import RANKS, parse_layout
+from hf_cwd.cli.layout import RANKS, parse_layout
 from tests.support.tiny import TINY
 
 NUMBER = "is a finite number >= 0"
@@ -252,7 +252,7 @@ def test_layouts(text, world, message):
             ["--layout", "fsdp2=2,tp=2"],
             "tp=2 does not divide the 1 attention heads of model.layers.0.self_attn.k_proj (num_key",
         ),
-        (["--layout", "ep=2,fsdp2=2"], "transformers has no ep plan for LlamaForCausalLM: leave ep out of --layout"),
+        (["--layout", "ep=2,fsdp2=2"], "transformers has no ep plan for LlamaForCausalLM: leave ep out of the layout"),
         (["--world", "8"], "--world 8 needs --layout"),
         (["--layout", "ddp", "--world", "x"], "argument --world: invalid int value: 'x'"),
         (["--layout", "ddp=2", "--device", "banana"], "argument --device: invalid choice: 'banana'"),
