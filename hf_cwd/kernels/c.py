@@ -18,7 +18,7 @@ from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
 # As the enums of cwd.c.
-ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 = range(7)
+ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY = range(5)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASTER = 3
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
@@ -162,12 +162,6 @@ def apply(
     del workspace
     given = zip(items, directions, scales, strict=True)
     _run(APPLY, [_Work(item, item.param, u, (), item.remainder, scale) for item, u, scale in given], apply_row, sums)
-
-
-def floor(items: Sequence[Item]) -> None:
-    """Reads and writes what :func:`update` would, without its arithmetic: the numbers become meaningless."""
-    op = FLOOR4 if len(items[0].buffers) == 2 else FLOOR3
-    _run(op, [_Work(item, item.param, item.grad, item.buffers, item.remainder) for item in items], apply_row, None)
 
 
 def _run(op: int, works: Sequence[_Work], row_of: RowOf, sums: Sums | None) -> None:

@@ -9,8 +9,7 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* FLOOR4, FLOOR3: the memory traffic of ADAMW and LION without their arithmetic, for benchmarks. */
-enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY, FLOOR4, FLOOR3 };
+enum { ADAMW, LION, MOMENTUM, DIRECTIONS, APPLY };
 enum { F32, BF16, F16, MASTER }; /* MASTER: bf16 and an int16 remainder, which are an fp32 together */
 
 #define CHUNK 16384 /* elements of the pieces that threads share: whole vectors of any length */
@@ -178,11 +177,7 @@ ALWAYS_INLINE float applied(const Row *r, float x, float u, int *decayed) {
     CASE(MOMENTUM, F32, F32, F32, F32, 1)                                                                              \
     CASE(DIRECTIONS, F32, F32, F32, F32, 0)                                                                            \
     CASE(APPLY, F32, F32, F32, F32, 0)                                                                                 \
-    CASE(APPLY, F32, F32, F32, F32, 1)                                                                                 \
-    CASE(FLOOR4, F32, F32, F32, F32, 0)                                                                                \
-    CASE(FLOOR4, BF16, BF16, F32, F32, 0)                                                                              \
-    CASE(FLOOR4, MASTER, BF16, F32, F32, 0)                                                                            \
-    CASE(FLOOR3, F32, F32, F32, F32, 0)
+    CASE(APPLY, F32, F32, F32, F32, 1)
 #define KEY(op, x, g, m, v, sum) ((((((op)*4 + (x)) * 4 + (g)) * 4 + (m)) * 4 + (v)) * 2 + (sum))
 
 ALWAYS_INLINE Tensor from(const Job *job, Tensor t, int64_t at) {

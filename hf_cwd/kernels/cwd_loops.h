@@ -4,7 +4,7 @@
  * called. */
 ALWAYS_INLINE TARGET void LEVEL(span)(int op, int x_type, int g_type, int m_type, int v_type, int sum, const Tensor *t,
                                       int64_t begin, int64_t end, const Row *r, Lanes *lanes) {
-    const int has_m = op != APPLY, has_v = op == ADAMW || op == FLOOR4;
+    const int has_m = op != APPLY, has_v = op == ADAMW;
 #pragma omp simd
     for (int64_t i = begin; i < end; i++) {
         float g = r->grad_scale * load(g_type, t->g, 0, i), u = g, x = 0, m = 0, v = 0;
@@ -19,12 +19,7 @@ ALWAYS_INLINE TARGET void LEVEL(span)(int op, int x_type, int g_type, int m_type
         case MOMENTUM:
         case DIRECTIONS: u = momentum(r, g, &m); break;
         }
-        switch (op) {
-        case DIRECTIONS: x = u; break;
-        case FLOOR4: v += g; /* fall through */
-        case FLOOR3: m += g, x += g; break;
-        default: x = applied(r, x, u, &decayed);
-        }
+        x = op == DIRECTIONS ? u : applied(r, x, u, &decayed);
         store(x_type, t->x, t->remainder, i, x);
         if (has_m) store(m_type, t->m, 0, i, m);
         if (has_v) store(v_type, t->v, 0, i, v);
@@ -61,7 +56,7 @@ ALWAYS_INLINE TARGET void LEVEL(loop)(int op, int x_type, int g_type, int m_type
         prefetch(x_type, t.x, i + AHEAD);
         prefetch(g_type, t.g, i + AHEAD);
         if (op != APPLY) prefetch(m_type, t.m, i + AHEAD);
-        if (op == ADAMW || op == FLOOR4) prefetch(v_type, t.v, i + AHEAD);
+        if (op == ADAMW) prefetch(v_type, t.v, i + AHEAD);
         if (x_type == MASTER) prefetch(MASTER, t.remainder, i + AHEAD);
         LEVEL(span)(op, x_type, g_type, m_type, v_type, sum, &t, i, i + BLOCK, &r, &lanes);
         if (sum && (i / BLOCK + 1) % FLUSH == 0) LEVEL(flush)(&lanes, sums);

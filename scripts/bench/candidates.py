@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.traffic import Traffic
+
 LR, DECAY = 1e-6, 0.1
 COPY = 1 << 30  # bytes that the copy reads at once: far more than any cache holds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,29 +38,6 @@ class Candidate(NamedTuple):
     temporaries: str = "none"
     private: bool = False
     kernel: str | None = None
-
-
-class Traffic:
-    """Reads and writes what a step of hf_cwd's C kernel does, in the same way, and computes nothing.
-
-    What it leaves in its tensors means nothing.
-    """
-
-    def __init__(self, params: list[Tensor], name: str) -> None:
-        from hf_cwd.kernels import c
-
-        self.kernel, self.optimizer = c, _cwd(name, kernel="c")(params)
-        self.state = self.optimizer.state
-
-    def step(self) -> None:
-        def floor(rule: Any, items: Any, sums: Any, workspace: Any, last: Any) -> None:
-            self.kernel.floor(items)
-
-        update, self.kernel.update = self.kernel.update, floor
-        try:
-            self.optimizer.step()
-        finally:
-            self.kernel.update = update
 
 
 class Logged:
@@ -129,8 +108,8 @@ def _matrix(make: Callable[[list[Tensor]], Any], kernel: str | None = None) -> C
 CANDIDATES: dict[str, Candidate] = {
     "torch_adamw_fused": Candidate(_torch("AdamW", fused=True)),
     "torch_adamw_fused_again": Candidate(_torch("AdamW", fused=True)),
-    "floor_adamw": Candidate(lambda params: Traffic(params, "CWDAdamW"), device="cpu", private=True),
-    "floor_lion": Candidate(lambda params: Traffic(params, "CWDLion"), device="cpu", private=True),
+    "floor_adamw": Candidate(lambda params: Traffic(params, 2), device="cpu", dtype="fp32", private=True),
+    "floor_lion": Candidate(lambda params: Traffic(params, 1), device="cpu", dtype="fp32", private=True),
     "copy": Candidate(Copy, device="cuda"),
     "torch_adamw_foreach": Candidate(_torch("AdamW", foreach=True), temporaries="full"),
     "torch_adamw_loop": Candidate(_torch("AdamW", foreach=False), temporaries="tensor"),

@@ -11,6 +11,7 @@ from bench.candidates import CANDIDATES, Candidate, candidates, iteration_flops,
 from bench.machine import machine, peak_of
 from bench.shapes import elements, largest_aspect, least_aspect, shapes_of
 from bench.targets import goals
+from bench.traffic import Traffic
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_cwd.kernels import c
@@ -152,7 +153,7 @@ def test_every_candidate_does_the_whole_step(memory):
 @pytest.mark.skipif(c.unavailable(torch.device("cpu")) is not None, reason="no C kernel here")
 @pytest.mark.parametrize(("name", "size"), [("floor_adamw", 28), ("floor_lion", 20)])
 def test_floor_moves_the_same_bytes(name, size):
-    update, table = c.update, shapes_of(TINY)
+    table = shapes_of(TINY)
     wanted = {key: CANDIDATES[key] for key in (*NEEDED, name)}
     for memory, places in (("own", 3), ("shared", 2)):  # what it spoils is not shared with others
         chosen = bench_rounds.plan(wanted, NEEDED, table, torch.float32, "cpu", memory)
@@ -161,7 +162,24 @@ def test_floor_moves_the_same_bytes(name, size):
         ready[name].optimizer.step()
         assert len({each.params[0].data_ptr() for each in ready.values()}) == places
         assert all(p.grad.ne(0).all() for p in ready[name].params)
-    assert c.update is update
+
+
+@pytest.mark.skipif(c.unavailable(torch.device("cpu")) is not None, reason="no C compiler here")
+@pytest.mark.parametrize(("states", "threads"), [(2, 1), (1, 1), (2, 3)])
+def test_the_floor_reads_and_writes_every_element_once(states, threads):
+    """Sizes around a chunk of 16384 elements and a block of 32."""
+    params = [torch.zeros(size) for size in (1, 31, 33, 16384, 16385, 40000)]
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    floor, before = Traffic(params, states), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        floor.step()
+    finally:
+        torch.set_num_threads(before)
+    for p in params:
+        assert len(floor.state[p]) == states
+        assert all(torch.equal(t, p.grad) for t in (p, *floor.state[p].values()))
 
 
 def test_gradients_change_places():
