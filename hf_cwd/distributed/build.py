@@ -1,4 +1,4 @@
-"""From an optimizer's tensors to an exchange: what each rank holds is read off, proven once, and planned."""
+"""Builds an exchange: reads off what each rank holds of the optimizer's tensors, proves it once, and plans."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -46,16 +46,16 @@ def build(
     exchange_bytes: int,
     staging: Staging | None = None,
 ) -> Exchange:
-    """The exchange of these parameters among the ranks of a group, each of which must call it; nothing is changed.
+    """The exchange of these parameters among the ranks of a group. A collective; no tensor is changed.
 
-    Where there are several ranks they compare what they are about to plan, prove that parts of the weights are what
-    they are taken for, and compare the plan.
+    Several ranks compare what they are about to plan, prove that the weights lie where they are expected, and compare
+    the plans.
 
     Args:
         sources: all of them on the ranks of ``group``: DTensors by their mesh, others whole on each rank.
 
     Raises:
-        ValueError: a layout that is not understood, or is not what it says, or ranks that differ. All ranks raise.
+        ValueError: a layout that is not supported, weights that lie elsewhere, or ranks that differ. All ranks raise.
         RuntimeError: another rank did not call it.
     """
     rank, device = alone().ranks[0], _device(sources, group)

@@ -1,4 +1,4 @@
-"""What ranks find out together beside the exchange: mostly once, before they exchange anything.
+"""Small collectives beside the exchange. Most of them run once, before the first exchange.
 
 ``group`` is a process group of torch.distributed's, None the world's.
 """
@@ -61,7 +61,7 @@ def rank() -> int:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each rank gave, in the order of ranks. It waits until all have, and is for little that happens seldom."""
+    """The values of all ranks, in the order of ranks. A slow collective, for small values and rare calls."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -71,7 +71,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def is_cut_as_told(param: Tensor, mesh: Mesh, rank: int) -> bool:
-    """Whether this rank's part of a DTensor is what the mesh says, by its full tensor; a collective."""
+    """Whether this rank's part of a DTensor equals the part of the full tensor that the mesh names; a collective."""
     with explained(EXCHANGE, "proving where weights lie"):
         full, part = dtensor.whole(param).detach(), dtensor.local(param.detach())
     pieces = mesh.pieces(tuple(param.shape), rank)

@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO: which parts of which parameters lie in a rank's flat tensors; all that reads DeepSpeed's attributes.
+"""DeepSpeed ZeRO: which parts of which parameters lie in a rank's flat tensors. Only this module reads its attributes.
 
-Under ZeRO an optimizer is given one-dimensional tensors that hold parts of many parameters. Stages 1 and 2 lay a
-group's parameters one after another and give each rank an equal part of that; stage 3 gives each rank an equal part of
-each parameter. Both leave padding, which belongs to no parameter.
+Under ZeRO an optimizer gets one-dimensional tensors that hold parts of many parameters. Stages 1 and 2 concatenate a
+group's parameters and give each rank an equal part of the result; stage 3 gives each rank an equal part of each
+parameter. Both add padding.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class FlatShard:
     """What lies in one flat tensor of this rank, and in those of the others beside it.
 
     Attributes:
-        params: those of which some rank has a part in it, in the group's order.
+        params: the parameters that lie in it, or in another rank's tensor beside it, in the group's order.
         fragments: this rank's parts of them, by their place in the flat tensor; what lies between is padding.
         tensors: the model's parameters, of ``params``.
         device: that of the model, where its ranks communicate.
@@ -57,14 +57,14 @@ class FlatShard:
 
     @cached_property
     def extents(self) -> tuple[tuple[int, int], ...]:
-        """Offset and length of what is no padding."""
-        found: list[tuple[int, int]] = []
+        """Offset and length of each stretch without padding."""
+        stretches: list[tuple[int, int]] = []
         for _, offset, numel in self.fragments:
-            if found and sum(found[-1]) == offset:
-                found[-1] = (found[-1][0], found[-1][1] + numel)
+            if stretches and sum(stretches[-1]) == offset:
+                stretches[-1] = (stretches[-1][0], stretches[-1][1] + numel)
             else:
-                found.append((offset, numel))
-        return tuple(found)
+                stretches.append((offset, numel))
+        return tuple(stretches)
 
     def cut(self, flat: Tensor) -> list[Tensor]:
         """The fragments of a tensor that lies as the flat one does; views."""
@@ -87,27 +87,27 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
 
 def flat_tensors(params: Sequence[Tensor]) -> list[Tensor]:
     """The flat tensors of some parameters under stage 3; otherwise none. Raises as :func:`flat_shard` does."""
-    found: dict[int, Tensor] = {}
+    flats: dict[int, Tensor] = {}
     with _reading_deepspeed():
         for p in params:
             if (keeper := getattr(p, "_z3_optimizer", None)) is not None:
                 sub_group, *_ = keeper.grad_position[keeper.get_param_id(p)]
                 flat = keeper.fp32_partitioned_groups_flat[sub_group]
-                found[id(flat)] = flat
-    return list(found.values())
+                flats[id(flat)] = flat
+    return list(flats.values())
 
 
 def flat_shard(flat: Tensor, params: Sequence[Tensor], names: Sequence[str]) -> FlatShard:
     """What of a group's parameters lies in a flat tensor; nothing is communicated.
 
     Args:
-        flat: the one that stands in the group.
+        flat: the flat tensor in the group.
         params: the model's parameters that the group was made of.
-        names: of them.
+        names: of ``params``.
 
     Raises:
-        ValueError: ranks other than all hold the parameters, DeepSpeed keeps its books otherwise than is known here, or
-            a parameter is marked for its own Muon.
+        ValueError: only some ranks hold the parameters, this version of DeepSpeed has other attributes, or a parameter
+            is marked for DeepSpeed's own Muon.
     """
     own = [(p, name) for p, name in zip(params, names, strict=True) if is_sharded([p])]
     if not own:

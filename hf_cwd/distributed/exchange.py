@@ -37,8 +37,8 @@ class Exchange:
         local_sizes: elements of each of the optimizer's local tensors, without padding.
         device: where matrices are gathered and orthogonalised.
         batch_bytes: matrices that do not move are taken together up to this size.
-        staging: memory for what is offloaded, on its way to and from the device.
-        padded: local tensors that hold padding as well.
+        staging: page-locked memory for offloaded tensors, on their way to and from the device.
+        padded: local tensors that also hold padding.
 
     Raises:
         ValueError: see :class:`hf_cwd.distributed.schedule.Schedule`.
@@ -60,7 +60,7 @@ class Exchange:
         self.group = group
         self.device = device
         self.staging = staging
-        # Gloo has all-to-alls from one tensor only, so that a result for several replicas is copied for each of them.
+        # Gloo's all-to-all takes one tensor only: a result for several replicas is copied for each of them.
         self._needs_one_tensor = bool(plan.rounds) and f"{device.type}:gloo" in dist.get_backend_config(
             group.process_group
         )
@@ -83,22 +83,23 @@ class Exchange:
         return ExchangeStep(self, *self._agree(present))
 
     def _agree(self, present: Sequence[bool]) -> tuple[Any, set[int]]:
-        """The sources to leave out: without a gradient here, or on any rank if a part of them moves.
+        """The sources to leave out of the step: those without a gradient on this rank.
 
-        A rank that has all gradients need not wait to know.
+        A source that has parts to exchange is left out only if no rank has a gradient for it. A rank that has all
+        gradients does not wait for the answer.
         """
         moving = self.schedule.moving
-        found = [present[source] for source in moving]
+        has_gradient = [present[source] for source in moving]
         absent = {source for source, here in enumerate(present) if not here}
         if not moving:
             return None, absent
-        # Made on the device where that can be: copying a list there waits for the backward pass.
+        # Made on the device if possible: copying a list to it would wait for the backward pass.
         flags = torch.ones(len(moving), dtype=torch.uint8, device=self.device)
-        if not all(found):
-            flags.copy_(torch.tensor(found))
+        if not all(has_gradient):
+            flags.copy_(torch.tensor(has_gradient))
         with explained(EXCHANGE, "agreeing on gradients"):
             work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group.process_group, async_op=True)
-            if not all(found):
+            if not all(has_gradient):
                 work.wait()
                 absent -= {source for source, anywhere in zip(moving, flags.tolist(), strict=True) if anywhere}
         return work, absent
@@ -161,7 +162,8 @@ class Matrices(dict[int, Tensor]):
 class ExchangeStep:
     """The exchange of one step, see :meth:`Exchange.start`.
 
-    A source without a gradient is left out; one of which parts move only if no rank of the group has a gradient for it.
+    A source without a gradient is left out. If parts of it are exchanged, it is left out only if no rank of the group
+    has a gradient for it.
 
     Attributes:
         absent: the sources that are left out.
@@ -194,7 +196,7 @@ class ExchangeStep:
         return matrices
 
     def give_back(self, k: int, matrices: Matrices) -> Transfer:
-        """Sends the results of round ``k`` to all who hold a part of them, this rank's own among them."""
+        """Sends the results of round ``k`` to the ranks that hold a part of them, and keeps this rank's own parts."""
         rounds = self._exchange.schedule.rounds
         round_ = rounds[k]
         self.keep(round_, matrices)
@@ -215,7 +217,7 @@ class ExchangeStep:
         scale_parts([(of_local(self.parts[p.source], p), p.scale) for p in arrived])
 
     def allocate(self, round_: Round) -> Matrices:
-        """Memory for the matrices of a round, with any numbers in it."""
+        """Memory for the matrices of a round, not initialised."""
         return Matrices(round_, self._exchange.device)
 
     def fill(self, round_: Round, matrices: Matrices) -> None:
@@ -237,7 +239,7 @@ class ExchangeStep:
         self.parts.update({p.source: matrices[p.job].to(self.parts[p.source].device) for p in whole})
 
     def finish(self) -> None:
-        """Waits for what of the step is still under way."""
+        """Waits until all of the step's communication is over."""
         if self._agreement is not None:
             self._agreement.wait()
 

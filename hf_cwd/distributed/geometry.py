@@ -229,7 +229,7 @@ def held(shape: Shape, layout: MatrixLayout, sharding: Sharding, rank: int) -> d
 def check(shape: Shape, sharding: Sharding) -> None:
     """Raises ValueError where the pieces of some replica do not tile the tensor.
 
-    Every element weighs something else, so that one that is missing and one that is held twice do not cancel.
+    Elements have different weights: one that is missing and another that is held twice do not cancel.
     """
     weights = random.Random(0)
     sums = [list(itertools.accumulate((weights.getrandbits(62) for _ in range(n)), initial=0)) for n in shape]

@@ -37,7 +37,7 @@ class Stage:
         return RULES[self.rule].matrix_flops(*shape, **dict(self.hyper))
 
     def wire(self, direction: torch.dtype, device: str) -> torch.dtype:
-        """The dtype that matrices travel in. The stage rounds to its own anyway: nothing is lost by doing it first."""
+        """The dtype that matrices travel in: the stage's own if it is narrower, since the stage rounds to it anyway."""
         number = RULES[self.rule].matrix_dtype(direction, device, **dict(self.hyper))
         return min(direction, number, key=lambda dtype: dtype.itemsize)
 

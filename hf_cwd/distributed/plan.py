@@ -87,7 +87,8 @@ class Plan:
 
     Attributes:
         entries: the parameters.
-        jobs: the matrices in the order of the parameters; several for a matrix that several replicas repeat.
+        jobs: the matrices in the order of the parameters. If several replicas each orthogonalise a matrix, it has a job
+            for each of them.
         rounds: how many all-to-alls there are in each direction.
         received: bytes that each rank receives in a step, gathered parts and results.
         flops: floating-point operations of each rank's matrices in a step.
@@ -107,17 +108,17 @@ def plan(
     exchange_bytes: int = EXCHANGE["exchange_bytes"].default,
     balance: int = flops_per_byte("cpu"),
 ) -> Plan:
-    """The plan for these parameters; the same on every rank, whatever it is called on.
+    """The plan for these parameters. It depends on the arguments only, so every rank computes the same one.
 
-    A matrix that one rank of a replica holds whole stays there. The others go, the costliest first, to the rank with
-    the least to do among those that hold a part. In rounds, that rank gathers the parts from its own replica, and sends
-    everybody the part of the result that they hold.
+    A matrix that one rank of a replica holds whole stays there. Each other matrix gets an owner, the costliest matrix
+    first: the rank with the least work among those that hold a part of it. Round by round, owners gather the parts from
+    their own replica, and send each rank its part of the result.
 
     Args:
         share: ``"always"``: one rank works for all replicas; ``"never"``: each replica works for itself; ``"auto"``:
-            what costs less, of each kind of matrix. Replicas are what the entries' shardings say.
-        exchange_bytes: about what a rank receives in a round: there are as many rounds as the busiest rank's bytes are
-            of these, or of the largest matrix where that has more. Matrices are not cut, so a round may have more.
+            the cheaper of both, for each kind of matrix. The entries' shardings say what is a replica.
+        exchange_bytes: about what a rank receives in a round. The number of rounds is ``ceil(bytes of the busiest rank
+            / max(exchange_bytes, bytes of the largest matrix))``. Matrices are not cut, so a round may have more.
         balance: operations that take as long as receiving a byte, see :func:`flops_per_byte`.
     """
     entries = tuple(entries)
@@ -140,7 +141,7 @@ def plan(
                     waiting.append((-cost, i, matrix, shape, serves, candidates))
     largest = max((_bytes(entries[i], shape) for _, i, _, shape, _, _ in waiting), default=0)
     for cost, i, matrix, shape, serves, candidates in sorted(waiting):
-        # Of the ranks that this leaves within one largest matrix of the others in bytes too, the one with least to do.
+        # The rank with the least work, among those whose bytes stay within one largest matrix of the least loaded.
         size, least = _bytes(entries[i], shape), min(load[rank] for rank in candidates)
         near = (rank for rank in candidates if load[rank] + size <= least + largest)
         owner = min(near, key=lambda rank: (flops[rank], load[rank], rank))
@@ -171,7 +172,7 @@ def _in_rounds(
 ) -> Plan:
     """Deals each owner's matrices into rounds of about the same size, in the order of the parameters.
 
-    Matrices of one dtype travel together; there are several only where parameters have several.
+    A round has matrices of one dtype.
     """
     received, rounds = dict.fromkeys(ranks, 0), 0
     placed = list(jobs)
@@ -182,7 +183,7 @@ def _in_rounds(
             entry = entries[job.entry]
             parts = holders(entry, job) if entry.dtype == dtype else {}
             if len(parts) <= 1:
-                continue  # whole where it is, and nobody else wants the result
+                continue  # one rank holds all of it, and no other rank needs the result
             moving.append(i)
             largest = max(largest, job.numel)
             here[job.owner] += job.numel - parts[job.owner]
@@ -216,7 +217,7 @@ def _is_shared(
     cost: int,
     balance: int,
 ) -> bool:
-    """Whether one rank works for all replicas: the work that this saves against the bytes that it moves."""
+    """Whether one rank works for all replicas: compares the work that this saves with the bytes that it moves."""
     if share != "auto":
         return share == "always"
     numel = shape[0] * shape[1]

@@ -1,8 +1,7 @@
 """The ranks that hold parts or copies of a parameter, and the process group that they communicate in.
 
-Exchanges run among the ranks that have something of a parameter, and among nobody else: a rank that has no matrix, or
-matrices of its own, is neither waited for nor made to wait. Ranks go through their groups in the order of the ranks in
-them, which all share: wherever they wait for each other, it is for the same group.
+An exchange runs among the ranks that hold a part of a parameter. Other ranks do not take part, and nobody waits for
+them. Ranks go through their groups in one order, that of the ranks in them, so that all wait for the same group.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ EXCHANGE = "the exchange of matrices between ranks"
 
 @contextlib.contextmanager
 def explained(subject: str, doing: str) -> Iterator[None]:
-    """Says what ranks were doing together when a collective failed."""
+    """Adds to an error of a collective what the ranks were doing."""
     try:
         yield
     except RuntimeError as error:

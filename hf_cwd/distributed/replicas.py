@@ -1,9 +1,8 @@
-"""Copies of a parameter that one rank works for: whether they are still copies.
+"""Compares the replicas of a parameter if one rank orthogonalises a matrix for all of them.
 
-One rank orthogonalises a matrix for all of its replicas, by its own gradient. That is right as long as replicas have
-the same gradients, as DistributedDataParallel gives them. Where they have not (local SGD, a sweep under one seed, a
-forgotten all-reduce), all gradients but one would be dropped without a word. So ranks compare digests, on the first
-step and now and then, before a step changes anything.
+That rank uses its own gradient. This is right if all replicas have the same one, as under DistributedDataParallel. If
+they differ (local SGD, a sweep under one seed, a forgotten all-reduce), all gradients but one would be dropped
+silently. So ranks compare digests on the first step and every 128th, before a step changes anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,7 @@ def compare(
 
     Args:
         entries: equal on all ranks; a rank holds parts of one replica.
-        tensors: by ``Entry.source`` what is compared, by name: this rank's parts; None counts as zero.
+        tensors: by ``Entry.source`` and name, this rank's parts of what is compared; None counts as zero.
         device: where the group communicates.
 
     Raises:
@@ -60,12 +59,11 @@ def compare(
     digests = iter(torch.tensor(sums, dtype=torch.float64).view(len(rows), -1))
     for entry in entries:
         names, copies = list(tensors[entry.source]), replicas(entry.sharding)
-        found = torch.stack([next(digests) for _ in range(len(copies) * len(names))])
-        found = found.view(len(copies), len(names), -1)
-        found = found.nan_to_num()  # what is not finite is so in all of them, or is a difference
-        found[..., 0].sqrt_()  # the squares of a replica's parts have been added up
-        scale = found[..., 0].amax(0)
-        apart = (found - found[0]).abs().amax(-1)
+        own = torch.stack([next(digests) for _ in range(len(copies) * len(names))])
+        own = own.view(len(copies), len(names), -1).nan_to_num()  # NaN in all of them is no difference
+        own[..., 0].sqrt_()  # the squares of a replica's parts have been added up
+        scale = own[..., 0].amax(0)
+        apart = (own - own[0]).abs().amax(-1)
         for number, name in (apart > TOLERANCE * scale).nonzero().tolist():
             raise ValueError(
                 f"{entry.name}: ranks {list(copies[0])} and {list(copies[number])} hold it as replicas, and one rank "

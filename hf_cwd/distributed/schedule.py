@@ -71,7 +71,7 @@ class Round:
 
 
 class Resident(NamedTuple):
-    """Some sources of which nothing moves, and the rounds, without communication, of their matrices."""
+    """Sources that exchange nothing, and the rounds, without communication, of their matrices."""
 
     sources: list[int]
     rounds: list[Round]
@@ -90,11 +90,11 @@ class Schedule:
 
     Attributes:
         rounds: a :class:`Round` for each of the plan's.
-        resident: the sources of which nothing moves.
-        beside: for each round, rounds without communication, of the matrices that do not move of sources that begin in
-            it.
-        moving: sources of which something moves on some rank.
-        begins, ends: for each round, the sources whose first matrix leaves, or whose last returns, in it.
+        resident: the sources that exchange nothing on this rank.
+        beside: for each round, further rounds without communication: of the sources that begin in it, the matrices
+            that this rank holds whole.
+        moving: sources that exchange something on some rank.
+        begins, ends: for each round, the sources whose first matrix leaves in it, and those whose last one returns.
 
     Raises:
         ValueError: a part of a local tensor lies in no matrix, so that it would not be orthogonalised.
@@ -165,7 +165,7 @@ class Schedule:
         return Round([], *([[] for _ in self._position] for _ in range(4)))
 
     def _jobs_here(self, local_sizes: Sequence[int]) -> list[list[int]]:
-        """For each source the jobs whose results this rank holds a part of; together they must be all of it."""
+        """For each source the jobs whose results this rank holds a part of. They must cover the local tensor."""
         here: list[list[int]] = [[] for _ in local_sizes]
         covered, names = [0] * len(local_sizes), ["" for _ in local_sizes]
         for entry in self._plan.entries:
@@ -187,7 +187,7 @@ class Schedule:
         return held(entry.shape, entry.layout, entry.sharding, rank).get(job.matrix, ())
 
     def _enter(self, round_: Round, number: int) -> None:
-        """Adds a job that this rank holds a part of to what it does in a round."""
+        """Adds to a round what this rank does for a job, of which it holds a part."""
         job = self._plan.jobs[number]
         entry = self._plan.entries[job.entry]
         inner = inner_shape(entry.shape, entry.layout)
@@ -248,7 +248,7 @@ class Schedule:
         return list(batches.values())
 
     def _middle(self, numbers: Sequence[int]) -> int:
-        """How many of these matrices make about half of the work."""
+        """How many of these matrices, from the first on, make about half of the work."""
         jobs = [self._plan.jobs[number] for number in numbers]
         costs = [self._plan.entries[job.entry].stage.flops(job.shape) for job in jobs]
         done, half = 0, sum(costs) / 2
@@ -264,5 +264,5 @@ class Schedule:
 
 
 def _places(sent: Sequence[Sequence[Part]]) -> list[list[tuple]]:
-    """Of each part only where it lies in which matrix: replicas may keep equal parts at different places."""
+    """Where each part lies in its matrix. Without its place in the local tensor, in which replicas may differ."""
     return [[(part.job, part.segment.start, part.segment.size) for part in peer] for peer in sent]

@@ -65,7 +65,7 @@ class MatrixParam(NamedTuple):
 
 
 class _KernelSpec(NamedTuple):
-    """What the kernels are told of a tensor.
+    """What the kernels need to know of a tensor.
 
     Attributes:
         rule: its rule.
@@ -85,7 +85,7 @@ class PreparedExchange:
 
     Attributes:
         made_for: what it depends on, of each parameter; another value takes another exchange.
-        specs: what the kernels are told of each.
+        specs: what the kernels need to know of each.
         shared: parameters of which one rank works for several replicas.
         numbers: the places of its parameters among all that the optimizer steps.
         steps: how many it has made.
@@ -104,9 +104,8 @@ class PreparedExchange:
 class MatrixStep:
     """Steps parameters whose matrices have to be whole; keeps the exchanges that it made for them.
 
-    Which ranks work together is read off the parameters: those of a DTensor's mesh, or of DeepSpeed's group. A plain
-    tensor is its rank's own, unless it is known to be replicated: by :meth:`mark_replicated`, or since ``share`` is
-    "always".
+    The parameters say which ranks work together: those of a DTensor's mesh, or of DeepSpeed's group. A plain tensor is
+    its rank's own unless it is known to be replicated: by :meth:`mark_replicated`, or if ``share`` is "always".
 
     Args:
         originals: what the optimizer's groups were made of.
@@ -166,7 +165,7 @@ class MatrixStep:
             meanwhile: work that needs no matrix, done while the first parts travel.
 
         Raises:
-            ValueError: replicas that are none; nothing has changed then.
+            ValueError: replicas whose weights, gradients or states differ; nothing has changed then.
             RuntimeError: another rank ended, or did not call it.
         """
         prepared = self.prepare(params)
@@ -238,7 +237,7 @@ class MatrixStep:
 
 
 def _compare(prepared: PreparedExchange, params: Sequence[MatrixParam], states: States) -> None:
-    """Compares what directions are going to be computed from, of the replicas that one rank works for."""
+    """Compares replicas that one rank works for: their weights, gradients and states."""
     tensors: dict[int, dict[str, Tensor | None]] = {}
     for source in (entry.source for entry in prepared.shared):
         param = params[prepared.numbers[source]]
@@ -381,7 +380,7 @@ class MatrixLoop:
                 self._look(batch, result)
 
     def _look(self, batch: Batch, result: Tensor) -> None:
-        """Shows the statistics the matrix that they are of; several replicas may have it."""
+        """Gives the statistics the sampled matrix, if it is in this batch. Several replicas may have it."""
         key, sampled = self._sampled
         plan = self._exchange.plan
         for number, matrix in zip(batch.jobs, result, strict=True):

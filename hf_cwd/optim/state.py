@@ -21,7 +21,7 @@ _SHAPE, _DTYPE, _NBYTES = attrgetter("shape"), attrgetter("dtype"), attrgetter("
 
 
 def settings(group: Mapping[str, Any]) -> Settings:
-    """What the kernels are told of a group in this step. Reading a learning rate off a device waits for it."""
+    """The settings of a group in this step, for the kernels. Reading a learning rate on a device waits for it."""
     lr = group["lr"]
     return Settings(
         hyper=tuple((name, group[name]) for name in RULES[group["algorithm"]].hyperparameters),
@@ -36,10 +36,10 @@ def settings(group: Mapping[str, Any]) -> Settings:
 
 
 def make(state: MutableMapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> None:
-    """Makes what is missing of a parameter's state, cut as the parameter is.
+    """Makes the states that a parameter does not have yet, sharded as the parameter is.
 
-    ``remainder`` holds 16 bits an element as a bfloat16 tensor, for neither NCCL nor gloo carries int16; as a number it
-    means nothing.
+    ``remainder`` holds 16 bits an element as a bfloat16 tensor, since neither NCCL nor gloo supports int16. As numbers
+    its values mean nothing.
     """
     if "step" not in state:
         # A float32 tensor on the CPU, as in torch.optim.
@@ -70,7 +70,7 @@ def advance(
     group: Mapping[str, Any],
     given: Settings,
 ) -> list[Item]:
-    """Counts a step of tensors of a group, and gives this rank's parts. Without a gradient it counts as zero.
+    """Counts a step of tensors of a group, and returns this rank's parts. A missing gradient counts as zero.
 
     This loop runs in every step for hundreds of parameters: keep it short.
     """

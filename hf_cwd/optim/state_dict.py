@@ -127,7 +127,7 @@ def _checked(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _change(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """In what the saved state is of other rules, if it is; torch's own optimizers are told by what they keep."""
+    """How the saved state differs from the rules of these groups, if it does. Torch's are known by their states."""
     saved, states = state_dict["param_groups"], state_dict["state"]
     ours, theirs = (_rules(groups) for groups in (param_groups, saved))
     if theirs and [g["algorithm"] for g in saved] != [g["algorithm"] for g in param_groups]:
