@@ -85,6 +85,7 @@ def test_every_rule_and_model_is_in_the_table():
         plain = [case for case in CASES if case.layout == name and case.variation == layout.plain]
         met = {(case.model, case.rule) for case in plain}
         assert {rule for _, rule in met} == (set(RULES) if layout.matrices else set(RULES) - matrices)
+        assert {model for model, _ in met} == set(layout.models)
         if layout.matrices:
             assert met >= {(model, rule) for model in layout.models for rule in matrices}
     for deepspeed in (False, True):
