@@ -25,6 +25,7 @@ from hf_cwd.distributed.dtensor import is_dtensor, local
 from hf_cwd.trainer.wrappers import innermost
 from tests.distributed import trainer_ranks
 from tests.distributed.trainer_table import LAYOUTS, MODELS, STEPS, VARIATIONS, Case, Variation
+from tests.support import garbage
 
 HALF = f"checkpoint-{STEPS // 2}"
 WAIT = 240  # seconds that a run may take before its ranks are given up
@@ -196,6 +197,7 @@ def run(folder, phase, world):
         if item is None:
             break
         results[item[0]] = item[1]
+        garbage.pass_over()
     torch.save(results, folder / f"{phase.__name__}-{world}-{os.environ['RANK']}")
     dist.destroy_process_group()
 
@@ -216,6 +218,7 @@ def main():
     for name, config in MODELS.items():
         set_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).double().save_pretrained(folder / name)
+    garbage.pass_over()
     for world in CASES:
         launch(folder, train, world)
         launch(folder, resume, world)

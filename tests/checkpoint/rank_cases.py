@@ -13,6 +13,7 @@ from dev.forked_runs import finish, start, train, warm_up
 from transformers import LlamaForCausalLM, Trainer
 
 from hf_cwd.checkpoint import manifest
+from tests.support import garbage
 
 
 def rank():
@@ -56,6 +57,7 @@ def main():
     results = {}
     for name in ("ddp", "fsdp2"):
         warm_up(name, folder)
+    garbage.pass_over()
     (folder / "log").unlink()
     launch(lambda: apart(folder), folder)
     nodes = [folder / f"node-{node}" for node in (0, 1)]

@@ -28,6 +28,7 @@ from hf_cwd import CWDTrainer, CWDTrainingArguments
 from hf_cwd.checkpoint.files import CheckpointError
 from hf_cwd.rules import RULES
 from hf_cwd.trainer.optim_args import options
+from tests.support import garbage
 
 STEPS, SAVED = 7, 4  # with two ranks the second epoch ends after step 6
 # Who saves and who resumes: each layout has all four, and so has each rule.
@@ -147,6 +148,7 @@ def one(folder: Path, cell: Cell, kind: type[Trainer], seed: int, flags: list[st
     with clean_state():
         made = lambda: variation.model(seed)  # noqa: E731
         train(folder, cell.layout, steps=STEPS, resume=resume, kind=kind, model=made, **choices)
+    garbage.pass_over()
 
 
 def in_full(folder: Path, cells: list[Cell]) -> None:
@@ -235,6 +237,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for layout in ("one", "ddp", "fsdp2", "zero3"):
         warm_up(layout, folder)
+    garbage.pass_over()
     kinds: dict[Any, list[Cell]] = {}
     for cell in CELLS:
         kinds.setdefault(cell.kind, []).append(cell)

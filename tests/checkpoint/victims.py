@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from hf_cwd.checkpoint import manifest, storage
 from hf_cwd.checkpoint.storage import Storage
+from tests.support import garbage
 
 POINTS = {
     "recover": (Storage, "recover"),
@@ -155,6 +156,7 @@ def every_change(folder, reference):
 def main():
     folder, layout = Path(sys.argv[1]), sys.argv[2]
     warm_up(layout, folder)
+    garbage.pass_over()
     world, log = LAYOUTS[layout].world, folder / "log"
     codes = finish(start(lambda: train(folder / "reference", layout, save_total_limit=None), world, log), timeout=120)
     assert codes == [0] * world, log.read_text()

@@ -7,7 +7,16 @@ import torch
 
 from hf_cwd.rules import RULES
 from tests.distributed import trainer_table
-from tests.distributed.trainer_table import GLOBAL_BATCH, LAYOUTS, LEARNING_RATE, STEPS, VARIATIONS, WEIGHT_DECAY, Case
+from tests.distributed.trainer_table import (
+    GLOBAL_BATCH,
+    LAYOUTS,
+    LEARNING_RATE,
+    MODELS,
+    STEPS,
+    VARIATIONS,
+    WEIGHT_DECAY,
+    Case,
+)
 from tests.support.forking import DEEPSPEED, TRANSFORMERS, fork, fork_ranks
 from tests.support.launching import ROOT, finish_all
 
@@ -71,12 +80,17 @@ def movement(weights, start):
 
 
 def test_every_rule_and_model_is_in_the_table():
-    for layout in ("ddp", "fsdp2", "fsdp", "tp"):
-        pairs = {(case.model, case.rule) for case in CASES if case.layout == layout and case.variation == "plain"}
-        assert pairs == {(model, rule) for model in LAYOUTS[layout].models for rule in RULES}
+    matrices = {rule.name for rule in RULES.values() if rule.matrix is not None}
     for name, layout in LAYOUTS.items():
-        rules = {case.rule for case in CASES if case.layout == name}
-        assert rules == {rule.name for rule in RULES.values() if layout.matrices or rule.matrix is None}
+        plain = [case for case in CASES if case.layout == name and case.variation == layout.plain]
+        met = {(case.model, case.rule) for case in plain}
+        assert {rule for _, rule in met} == (set(RULES) if layout.matrices else set(RULES) - matrices)
+        assert {model for model, _ in met} == set(layout.models)
+        if layout.matrices:
+            assert met >= {(model, rule) for model in layout.models for rule in matrices}
+    for deepspeed in (False, True):
+        trained = {(case.model, case.rule) for case in CASES if bool(LAYOUTS[case.layout].deepspeed) == deepspeed}
+        assert trained == {(model, rule) for model in MODELS for rule in RULES}
 
 
 @pytest.mark.parametrize("case", trainer_table.cases(1), ids=str)

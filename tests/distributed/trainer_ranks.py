@@ -6,7 +6,6 @@ One process comes first: it also writes the models that all start from.
 """
 
 import faulthandler
-import gc
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ import hf_cwd  # noqa: F401
 from hf_cwd.trainer.wrappers import innermost
 from tests.distributed import trainer_table
 from tests.distributed.trainer_table import LAYOUTS, MODELS, STEPS, VARIATIONS
+from tests.support import garbage
 
 LONGEST = 240  # seconds that one case may take
 
@@ -210,7 +210,6 @@ def train(folder, case, output, world):
 def main():
     folder, world, rank = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     torch.set_num_threads(1)
-    gc.freeze()  # Accelerate collects garbage after each run: let it pass over everything that was imported
     if world == 1:
         for name, config in MODELS.items():
             set_seed(0)
@@ -229,6 +228,7 @@ def main():
             switched = True
         with clean_state():
             results[tuple(case)] = train(folder, case, folder / "runs" / str(case), world)
+        garbage.pass_over()
     faulthandler.cancel_dump_traceback_later()
     torch.save(results, folder / "-".join([str(world), str(rank), *sys.argv[2:]]))
 

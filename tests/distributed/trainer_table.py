@@ -189,10 +189,26 @@ def cases(world: int, *, deepspeed: bool = False) -> list[Case]:
         if layout.world != world or bool(layout.deepspeed) != deepspeed:
             continue
         rules = [rule for rule in RULES.values() if layout.matrices or rule.matrix is None]
-        found += [Case(name, model, rule.name, layout.plain) for model in layout.models for rule in rules]
+        found += [Case(name, *pair, layout.plain) for pair in models_and_rules(name)]
         found += [Case(name, "llama", rule.name, key) for key in layout.variations for rule in varied(rules, key)]
     # What needs no switch runs first, as it would without the switch.
     return sorted(found, key=lambda case: LAYOUTS[case.layout].accelerate_shards)
+
+
+def models_and_rules(name: str) -> list[tuple[str, str]]:
+    """What a layout trains plainly: rules for matrices with each of its models, every other rule with one of them.
+
+    A rule for matrices has to know how a layout has cut each of a model's matrices. An element-wise rule is given the
+    same local tensors as one for matrices gives its companion, and does not look at their shapes: it suffices that it
+    meets each layout, and with DeepSpeed and without it each model, which a test asserts. The layouts take turns.
+    """
+    layout = LAYOUTS[name]
+    kind = layout.models, bool(layout.deepspeed)
+    turn = [other for other, its in LAYOUTS.items() if (its.models, bool(its.deepspeed)) == kind].index(name)
+    matrices = [rule.name for rule in RULES.values() if rule.matrix is not None]
+    others = [rule.name for rule in RULES.values() if rule.matrix is None]
+    found = [(model, rule) for model in layout.models for rule in matrices if layout.matrices]
+    return found + [(layout.models[(k - turn) % len(layout.models)], rule) for k, rule in enumerate(others)]
 
 
 def varied(rules: list[Rule], variation: str) -> list[Rule]:

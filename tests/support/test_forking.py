@@ -26,3 +26,10 @@ def test_a_forked_process_is_like_one_that_was_started(tmp_path):
     printed = f"['{script}', '--flag'] {tmp_path} {tmp_path} value __main__\n"
     assert forked.communicate(timeout=120) == (printed, "wrong\n")
     assert forked.returncode == 3
+
+
+def test_collections_of_garbage_pass_over_what_was_imported(tmp_path):
+    """They would take longer than the steps of tiny models, see garbage.py."""
+    script = tmp_path / "script.py"
+    script.write_text("import gc; print(10 * len(gc.get_objects()) < gc.get_freeze_count())")
+    assert fork(script, cwd=tmp_path).communicate(timeout=120)[0] == "True\n"
