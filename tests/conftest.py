@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hf_cwd.rules import RULES
-from tests.support import forking
+from tests.support import forking, garbage
 
 torch.set_num_threads(1)
 
@@ -41,6 +41,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if not is_quick(item)]
         config.hook.pytest_deselected(items=slow)
         del items[: len(slow)]
+
+
+def pytest_collection_finish() -> None:
+    garbage.pass_over()  # what the modules of all tests have imported
 
 
 def pytest_configure() -> None:

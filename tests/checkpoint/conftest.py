@@ -5,13 +5,7 @@ import logging
 import pytest
 
 from hf_cwd import CWDTrainer, CWDTrainingArguments
-from tests.support import garbage
 from tests.support.tiny import tiny_data, tiny_llama
-
-
-@pytest.fixture(scope="package", autouse=True)
-def short_collections():
-    garbage.pass_over()
 
 
 @pytest.fixture
