@@ -26,7 +26,6 @@ from hf_cwd.kernels.triton import tables
 from hf_cwd.rules import RULES
 from tests.kernels import odd
 from tests.kernels.followed import HYPER, Followed, settings
-from tests.optim import steady
 
 CASES: dict[str, Callable[[], Iterator[str]]] = {}
 
@@ -181,7 +180,7 @@ def one_copy_travels_in_a_step() -> Iterator[str]:
 def items_that_are_kept() -> Iterator[str]:
     """On the tables of the last step, whatever changed in between."""
     for rule in HYPER:
-        yield from (f"{rule}: {text}" for text in steady.problems(rule, "triton"))
+        yield from (f"{rule}: {text}" for text in kept_calls.problems(rule, "triton"))
 
 
 @case

@@ -10,7 +10,7 @@ import torch
 
 from hf_cwd import CWDOptimizer
 from hf_cwd.rules import RULES
-from tests.optim.steady import problems
+from tests.optim.kept_calls import problems
 
 
 @pytest.mark.parametrize("kernel", ["eager", "c"])
