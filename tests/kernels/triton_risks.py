@@ -26,6 +26,7 @@ from hf_cwd.kernels.triton import tables
 from hf_cwd.rules import RULES
 from tests.kernels import odd
 from tests.kernels.followed import HYPER, Followed, settings
+from tests.optim import kept_calls
 
 CASES: dict[str, Callable[[], Iterator[str]]] = {}
 
