@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTEST = f"-m pytest -n {min(len(os.sched_getaffinity(0)), 8)} --dist loadfile"
+PYTEST = f"-m pytest -n {min(len(os.sched_getaffinity(0)), 8)} --dist loadfile --no-loadscope-reorder"
 # Answers what the scripts ask an interpreter, and writes down what they tell it to do.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
