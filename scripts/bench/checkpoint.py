@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.json:
         args.json.touch()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported
-    from forked_runs import LAYOUTS
+    from dev.forked_runs import LAYOUTS
 
     if unknown := {*args.layouts} - {*LAYOUTS}:
         parser.error(f"--layouts {', '.join(sorted(unknown))}: there are {', '.join(LAYOUTS)}")
@@ -96,7 +96,7 @@ class Rank:
 
     def run(self) -> None:
         """Writes ``found.json``."""
-        from forked_runs import clean_state
+        from dev.forked_runs import clean_state
 
         from hf_cwd.distributed import collectives
 
@@ -119,7 +119,7 @@ class Rank:
 
     def trainer(self, name: str, **options: Any) -> Any:
         import torch
-        from forked_runs import trainer_of
+        from dev.forked_runs import trainer_of
         from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
 
         from hf_cwd import CWDTrainer
@@ -201,7 +201,7 @@ class Rank:
         return self.timed(action)
 
     def load(self, name: str, checkpoint: Path) -> tuple[float, int | None]:
-        from forked_runs import clean_state
+        from dev.forked_runs import clean_state
         from transformers import TrainerCallback
 
         class Stop(TrainerCallback):
@@ -228,7 +228,7 @@ def step(checkpoint: Path) -> int:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from forked_runs import LAYOUTS, finish, start, warm_up
+    from dev.forked_runs import LAYOUTS, finish, start, warm_up
 
     from bench.machine import machine
 
