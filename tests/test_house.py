@@ -60,6 +60,39 @@ def test_the_package_imports_no_scripts_and_neither_imports_tests():
             assert others.isdisjoint(name.partition(".")[0] for name in imported(path)), path
 
 
+def module_file(name):
+    """The file of a module or package of the project; None of any other."""
+    path = ROOT / ("scripts" if name.split(".")[0] in ("common", "bench", "dev") else "") / name.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def defined(file):
+    """The names at the top of a module, also those below an if or a try, and those that it computes by __getattr__."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names | (set(hf_cwd.__all__) if file == PACKAGE / "__init__.py" else set())
+
+
+@pytest.mark.parametrize("folder", ["hf_cwd", "scripts", "tests"])
+def test_what_is_imported_exists(folder):
+    """Also what a function imports, or a module that only a process of several ranks runs."""
+    missing, in_rooms = [], {path.stem for path in (ROOT / "scripts").glob("*/*.py")}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in in_rooms:
+                missing.append(f"{path}: {node.module} is in a room of scripts/")
+            elif isinstance(node, ast.ImportFrom) and (file := module_file(node.module)) is not None:
+                names = {alias.name for alias in node.names if module_file(f"{node.module}.{alias.name}") is None}
+                missing += [f"{path}: {node.module} has no {name}" for name in names - defined(file)]
+    assert missing == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_distributed_communicates(path):
     collectives = r"\b(all_\w+|barrier|broadcast\w*|i?send|i?recv|reduce_scatter\w*|(?<!\bstep\.)gather)\("

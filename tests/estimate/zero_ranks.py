@@ -18,8 +18,8 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cwd.cli import explain
+from hf_cwd.cli.layout import parse_layout
 from hf_cwd.estimate import costs, zero_costs
-from hf_cwd.estimate.parallelism import parse_layout
 from hf_cwd.estimate.step_cost import StepCost, step_cost
 from hf_cwd.rules import RULES
 from hf_cwd.trainer.optim_args import optimizer_arguments
