@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_cwd.kernels import build
-from hf_cwd.kernels.interface import COLUMNS, Item, Row, RowOf, Sums, Workspace, apply_row, row_of
+from hf_cwd.kernels.interface import COLUMNS, Item, RowOf, Sums, Workspace, apply_row, row_of
 from hf_cwd.rules import adamw, lion, muon, sgd
 from hf_cwd.rules.base import Rule
 
@@ -137,18 +137,24 @@ class _Work(NamedTuple):
     scale: float = 1.0
 
 
-def update(rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: None) -> None:
+def update(
+    rule: Rule, items: Sequence[Item], sums: Sums | None, workspace: Workspace, last: "_Tables | None"
+) -> "_Tables":
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
-    del workspace, last
-    works = [_Work(item, item.param, item.grad, item.buffers, item.remainder) for item in items]
-    _run(OPERATIONS[rule.direction], works, row_of(rule), sums)
+    del workspace
+    if last is None:
+        last = _Tables([_Work(item, item.param, item.grad, item.buffers, item.remainder) for item in items])
+    else:
+        last.renew(items)
+    last.run(OPERATIONS[rule.direction], row_of(rule), sums)
+    return last
 
 
 def directions(rule: Rule, items: Sequence[Item], outs: Sequence[Tensor], workspace: Workspace) -> None:
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del workspace
     works = [_Work(item, u, item.grad, item.buffers, None) for item, u in zip(items, outs, strict=True)]
-    _run(DIRECTIONS, works, row_of(rule), None)
+    _Tables(works).run(DIRECTIONS, row_of(rule), None)
 
 
 def apply(
@@ -161,63 +167,81 @@ def apply(
     """See :class:`hf_cwd.kernels.interface.Kernel`."""
     del workspace
     given = zip(items, directions, scales, strict=True)
-    _run(APPLY, [_Work(item, item.param, u, (), item.remainder, scale) for item, u, scale in given], apply_row, sums)
+    _Tables([_Work(item, item.param, u, (), item.remainder, scale) for item, u, scale in given]).run(
+        APPLY, apply_row, sums
+    )
 
 
-def _run(op: int, works: Sequence[_Work], row_of: RowOf, sums: Sums | None) -> None:
-    """One operation on all of these: one call for each combination of dtypes.
+WORDS, SECOND = 8, 1  # of a tensor in a table, and which of them is the address of the gradient or the direction
 
-    The tables are made anew each step: that takes no longer than to compare every address with those of the last one.
+
+class _Tables:
+    """What the library reads of some works: a table for each combination of dtypes, and which works share a row.
+
+    Args:
+        works: each is one tensor of a table.
     """
-    numbers: list[Row] = []
-    indices: dict[Any, int] = {}
-    tables: dict[Any, list[int]] = {}
-    summed: dict[Any, list[tuple[Item, float]]] = {}
-    for item, param, second, buffers, remainder, scale in works:
-        index = indices.setdefault((id(item.settings), item.step, scale), len(numbers))
-        if index == len(numbers):
-            numbers.append(row_of(item.settings, item.step, scale))
-        dtypes = (param.dtype, second.dtype, tuple(t.dtype for t in buffers), remainder is not None)
-        numel = param.numel()
-        tables.setdefault(dtypes, []).extend(
-            (
-                param.data_ptr(),
-                second.data_ptr(),
-                buffers[0].data_ptr() if buffers else 0,
-                buffers[1].data_ptr() if len(buffers) > 1 else 0,
-                remainder.data_ptr() if remainder is not None else 0,
-                numel,
-                index,
-                0,
+
+    def __init__(self, works: Sequence[_Work]) -> None:
+        self.items, self.scales = [work.item for work in works], [work.scale for work in works]
+        indices: dict[Any, int] = {}
+        self.samples: list[int] = []  # a work of each row
+        self.tables: dict[Any, array[int]] = {}
+        self.numbers: dict[Any, list[int]] = {}  # of the works in each table
+        for number, (item, param, second, buffers, remainder, scale) in enumerate(works):
+            index = indices.setdefault((id(item.settings), item.step, scale), len(self.samples))
+            if index == len(self.samples):
+                self.samples.append(number)
+            dtypes = (param.dtype, second.dtype, tuple(t.dtype for t in buffers), remainder is not None)
+            self.numbers.setdefault(dtypes, []).append(number)
+            self.tables.setdefault(dtypes, array("q")).extend(
+                (
+                    param.data_ptr(),
+                    second.data_ptr(),
+                    buffers[0].data_ptr() if buffers else 0,
+                    buffers[1].data_ptr() if len(buffers) > 1 else 0,
+                    remainder.data_ptr() if remainder is not None else 0,
+                    param.numel(),
+                    index,
+                    0,
+                )
             )
-        )
-        if sums is not None:
-            summed.setdefault(dtypes, []).append((item, scale))
-    rows = array("f", (number for made in numbers for number in made))
-    for dtypes, table in tables.items():
-        (param_dtype, second_dtype, states, is_master), tensors = dtypes, array("q", table)
-        room = None if sums is None else _room(summed[dtypes])
-        job = _Job(
-            op if states else APPLY,  # without a buffer the direction is the gradient
-            MASTER if is_master else DTYPES[param_dtype],
-            DTYPES[second_dtype],
-            *([DTYPES[t] for t in states] + [0, 0])[:2],
-            room is not None,
-            _level(),
-            threads(),
-            len(tensors) // 8,
-            tensors.buffer_info()[0],
-            rows.buffer_info()[0],
-            None if room is None else room.data_ptr(),
-        )
-        _load().cwd_run(ctypes.byref(job), _openmp())
-        if sums is not None:
-            items, scales = zip(*summed[dtypes], strict=True)
-            sums.add(items, scales, room[: len(items)].clone())
+
+    def renew(self, items: Sequence[Item]) -> None:
+        """Takes the gradients, settings and steps of the same items in a later step."""
+        self.items = items
+        gradients = [item.grad.data_ptr() for item in items]
+        for dtypes, table in self.tables.items():
+            table[SECOND::WORDS] = array("q", [gradients[number] for number in self.numbers[dtypes]])
+
+    def run(self, op: int, row_of: RowOf, sums: Sums | None) -> None:
+        """One operation on all works: one call of the library for each table."""
+        samples = [(self.items[number], self.scales[number]) for number in self.samples]
+        rows = array("f", (x for item, scale in samples for x in row_of(item.settings, item.step, scale)))
+        for (param_dtype, second_dtype, states, is_master), table in self.tables.items():
+            numbers = self.numbers[param_dtype, second_dtype, states, is_master]
+            room = None if sums is None else _room([self.items[number] for number in numbers])
+            job = _Job(
+                op if states else APPLY,  # without a buffer the direction is the gradient
+                MASTER if is_master else DTYPES[param_dtype],
+                DTYPES[second_dtype],
+                *([DTYPES[t] for t in states] + [0, 0])[:2],
+                room is not None,
+                _level(),
+                threads(),
+                len(numbers),
+                table.buffer_info()[0],
+                rows.buffer_info()[0],
+                None if room is None else room.data_ptr(),
+            )
+            _load().cwd_run(ctypes.byref(job), _openmp())
+            if sums is not None:
+                items, scales = zip(*((self.items[k], self.scales[k]) for k in numbers), strict=True)
+                sums.add(items, scales, room[: len(items)].clone())
 
 
-def _room(works: Sequence[tuple[Item, float]]) -> Tensor:
+def _room(items: Sequence[Item]) -> Tensor:
     """Memory for the sums of each item, and of each chunk behind them."""
     chunk = ctypes.c_int.in_dll(_load(), "cwd_chunk").value
-    chunks = sum(-(-item.param.numel() // chunk) for item, _ in works)
-    return torch.empty(len(works) + chunks, COLUMNS, dtype=torch.float64)
+    chunks = sum(-(-item.param.numel() // chunk) for item in items)
+    return torch.empty(len(items) + chunks, COLUMNS, dtype=torch.float64)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from hf_cwd.kernels import build, c, eager
-from hf_cwd.kernels.interface import Item, Settings, Sums
+from hf_cwd.kernels.interface import Item, Settings, Sums, Workspace
 from hf_cwd.rules import RULES
 from tests.kernels import truth
 from tests.kernels.table import APPLY, MODES, RATES, Case, Dtypes, Parameter, settings, variations
@@ -88,10 +88,10 @@ def _stepped(team: int | None = None) -> list[torch.Tensor]:
     """A step of many tensors: the numbers, and their sums."""
     items, sums = _items(MIXED, (_settings(), _settings(weight_decay=0.0))), Sums()
     if team is None:
-        c.update(RULES["adamw"], items, sums, {}, {})
+        c.update(RULES["adamw"], items, sums, Workspace(), None)
     else:
         with mock.patch.object(c, "_openmp", return_value=team):
-            c.update(RULES["adamw"], items, sums, {}, {})
+            c.update(RULES["adamw"], items, sums, Workspace(), None)
     return [t for item in items for t in (item.param, *item.buffers)] + [call.numbers for call in sums.calls]
 
 
@@ -142,7 +142,7 @@ def test_nan_stays_nan(level, dtype, is_master):
     )
     x, remainder = torch.ones(len(bits), dtype=dtype), torch.zeros(len(bits), dtype=torch.int16) if is_master else None
     with mock.patch.object(c, "_level", return_value=level):
-        c.apply([Item(x, x, (), remainder, 1, _settings(), x)], [bits.view(torch.float32)], [1.0], None, {})
+        c.apply([Item(x, x, (), remainder, 1, _settings(), x)], [bits.view(torch.float32)], [1.0], None, Workspace())
     assert x.isnan().all()
     assert remainder is None or not remainder.any()
 
@@ -169,10 +169,10 @@ def test_elements_beyond_2_31(dtype):
     tail = slice(numel - 2 * CHUNK, None)
     x[tail], u[tail] = torch.randn(2 * CHUNK), torch.randn(2 * CHUNK)
     small = Item(x[tail].clone(), u[tail], (), None, 1, _settings(), x)
-    eager.apply([small], [small.grad], [0.5], None, {})
+    eager.apply([small], [small.grad], [0.5], None, Workspace())
     first = numel // CHUNK - 1
     with mock.patch.object(c, "_Job", lambda *values: c_job(*values, first)):
-        c.apply([Item(x, u, (), None, 1, _settings(), x)], [u], [0.5], None, {})
+        c.apply([Item(x, u, (), None, 1, _settings(), x)], [u], [0.5], None, Workspace())
     begin = first * CHUNK - (numel - 2 * CHUNK)  # of what was stepped, in the tail
     assert torch.equal(x[tail][begin:], small.param[begin:])
     assert not torch.equal(x[tail][begin : begin + 16], u[tail][begin : begin + 16])
@@ -215,9 +215,9 @@ def test_after_a_fork():
     """
     script = """
 import os, signal
-from tests.kernels.test_c import MIXED, RULES, _items, _settings, c
+from tests.kernels.test_c import MIXED, RULES, _items, _settings, c, Workspace
 def step(items):
-    c.update(RULES["adamw"], items, None, {}, {})
+    c.update(RULES["adamw"], items, None, Workspace(), None)
     return [t.numpy().tobytes() for item in items for t in (item.param, *item.buffers)]
 here, there = (_items(MIXED, (_settings(),)) for _ in range(2))
 right = step(here)
@@ -236,7 +236,7 @@ def test_host_time():
 
     def seconds() -> float:
         start = time.process_time()
-        c.update(RULES["adamw"], items, None, {}, {})
+        c.update(RULES["adamw"], items, None, Workspace(), None)
         return time.process_time() - start
 
     assert min(seconds() for _ in range(20)) < 2e-3

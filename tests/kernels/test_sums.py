@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_cwd.kernels import c, eager
-from hf_cwd.kernels.interface import Sums
+from hf_cwd.kernels.interface import Sums, Workspace
 from hf_cwd.rules import RULES
 from tests.kernels.followed import HYPER, Followed
 
@@ -24,7 +24,7 @@ def followed(rule):
 def check(kernel, rule, some):
     for _ in range(2):
         sums, items = Sums(), [one.item() for one in some]
-        kernel.update(RULES[rule], items, sums, {}, {})
+        kernel.update(RULES[rule], items, sums, Workspace(), None)
         found = {id(p): row for call in sums.calls for p, row in zip(call.owners, call.numbers.tolist(), strict=True)}
         assert len(found) == len(some)
         for item, one in zip(items, some, strict=True):
