@@ -47,3 +47,28 @@ def test_gradients_are_freed(rule):
         optimizer.step()
         optimizer.zero_grad()
         assert grad() is None
+
+
+@pytest.mark.parametrize("kernel", ["eager", "c"])
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES.values() if rule.matrix is None])
+def test_each_step_has_its_own_gradients_rate_and_number(rule, kernel):
+    """Gradients that all stay alive, so that none has the address of an earlier one; two groups, and two dtypes."""
+    shapes, dtypes, results = [(4, 3), (70,), (257,)], [torch.float32, torch.float32, torch.bfloat16], []
+    generator = torch.Generator().manual_seed(0)
+    steps = [
+        [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        for _ in range(5)
+    ]
+    for forgets in (False, True):
+        params = [torch.nn.Parameter(torch.ones(s, dtype=d)) for s, d in zip(shapes, dtypes, strict=True)]
+        groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.2}]
+        optimizer = CWDOptimizer(groups, algorithm=rule, lr=0.1, weight_decay=0.5, kernel=kernel)
+        for k, gradients in enumerate(steps):
+            optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g
+            if forgets:
+                optimizer._kept.clear()
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
