@@ -10,6 +10,7 @@ must not have been started before: so a test of how programs are started uses :f
 import atexit
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib
 import json
@@ -149,6 +150,8 @@ def _connected(modules: tuple[str, ...]) -> socket.socket:
 def serve(path: str, owner: int, modules: list[str]) -> None:
     for module in modules:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # or what is forked would look at it, and copy it, whenever the Trainer has all garbage collected
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{path}.new")
     listening.listen(64)

@@ -1,5 +1,6 @@
-"""The Trainer's arguments, for every test here."""
+"""The Trainer's arguments, and a swift garbage collector, for every test here."""
 
+from tests.support.launching import imports_are_no_garbage
 from tests.support.tiny import arguments
 
-__all__ = ["arguments"]
+__all__ = ["arguments", "imports_are_no_garbage"]
