@@ -14,8 +14,8 @@ import torch
 
 import hf_cwd
 from hf_cwd import launcher
-from tests.support.forking import free_port
-from tests.support.launching import ROOT, Environment, finish, flags, launch, start, write_material
+from tests.support.forking import fork, fork_ranks, free_port
+from tests.support.launching import ROOT, Environment, finish, finish_all, flags, launch, start, write_material
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LAUNCHED = ("-m", "hf_cwd")
@@ -337,18 +337,18 @@ def test_two_processes(name, material, tmp_path):
 def test_processes_that_would_train_apart_are_refused(material, tmp_path):
     """Without --use_cpu TrainingArguments answer world size 1 in each of two processes, and nobody says a word."""
     options = flags(material, output_dir="out", use_cpu="false")
-    result = finish(start(*LAUNCHERS["torchrun"], SCRIPTS / "unmodified.py", *options, cwd=tmp_path))
-    assert result.returncode != 0
-    assert "ValueError: 2 processes were started, but TrainingArguments have world_size=1" in result.stderr
+    for result in finish_all(fork_ranks(2, *LAUNCHED, SCRIPTS / "unmodified.py", *options, cwd=tmp_path)):
+        assert result.returncode != 0
+        assert "ValueError: 2 processes were started, but TrainingArguments have world_size=1" in result.stderr
     assert reports(tmp_path / "out") == []
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
     """Every rule under DDP on gloo, in fp64 so that the order of a sum cannot flip a sign."""
     script = SCRIPTS / "ddp.py"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(*torchrun, *LAUNCHED, script, tmp_path / "two", cwd=tmp_path)
-    launch(script, tmp_path / "one", cwd=tmp_path)
+    one = fork(script, tmp_path / "one", cwd=tmp_path)
+    for result in finish_all([one, *fork_ranks(2, *LAUNCHED, script, tmp_path / "two", cwd=tmp_path)]):
+        assert result.returncode == 0, result.stderr
     (one,) = [torch.load(path) for path in tmp_path.glob("one-*")]
     ranks = [torch.load(path) for path in sorted(tmp_path.glob("two-*"))]
     assert one["world_size"] == 1
