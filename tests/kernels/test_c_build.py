@@ -119,7 +119,9 @@ def test_an_old_compiler_gets_only_the_flags_it_needs(tmp_path, monkeypatch):
 
 def test_processes_at_once(tmp_path, monkeypatch):
     """As ranks do on their first step; each sees all of the library or nothing."""
-    slow = f'[ "$*" = --version ] || sleep 1; exec {" ".join(COMPILER)} "$@"'  # so that none has it before another begins
+    slow = (
+        f'[ "$*" = --version ] || sleep 1; exec {" ".join(COMPILER)} "$@"'  # so that none has it before another begins
+    )
     monkeypatch.setenv("CC", _script(tmp_path / "slow", slow))
     script = (
         "import ctypes, pathlib, sys\nfrom hf_cwd.kernels import build\nbuild.HERE = pathlib.Path(sys.argv[1])\n"

@@ -168,7 +168,11 @@ def test_one_process(material, tmp_path):
         "module": [*LAUNCHED, "-m", "package.module", *flags(material, output_dir="module")],
         "import": ["importing.py", *flags(material, output_dir="import")],
     }
-    started = {way: start(*command, cwd=tmp_path, HF_HOME=str(tmp_path / "home")) for way, command in ways.items()}
+    home = str(tmp_path / "home")
+    # A module, and a script that imports hf_cwd, meet transformers when it is imported already.
+    started = {
+        way: (start if way == "script" else fork)(*command, cwd=tmp_path, HF_HOME=home) for way, command in ways.items()
+    }
     losses = {}
     for way, process in started.items():
         result = finish(process)
@@ -308,12 +312,13 @@ def test_code_runs_as_under_python(way, ending, tmp_path):
     assert f"['{way}', '{ending}', '--flag=1']" in results[0][1]
 
 
-ACCELERATE = (COMMANDS / "accelerate", "launch", "--main_process_port", 0)
 LAUNCHERS = {
     # On a CPU, too: MULTI_CPU and --cpu start a single process, without a word.
-    # Started by us instead of starting us: what it starts knows the names as well.
-    "accelerate": [*LAUNCHED, *ACCELERATE, "--multi_gpu", "--num_processes", 2],
-    "accelerate's file": [*ACCELERATE, "--config_file", ROOT / "configs/accelerate/ddp.yaml", *LAUNCHED],
+    # Started by us instead of starting us, as in tests/test_configs.py: what it starts knows the names as well.
+    "accelerate": [
+        *(*LAUNCHED, COMMANDS / "accelerate", "launch", "--main_process_port", 0),
+        *("--multi_gpu", "--num_processes", 2),
+    ],
     "torchrun": [COMMANDS / "torchrun", "--standalone", "--nproc_per_node", 2, *LAUNCHED],
     "deepspeed": [COMMANDS / "deepspeed", "--num_gpus", 2, "--master_port", "{port}", "--module", "hf_cwd"],
 }
@@ -323,6 +328,8 @@ LAUNCHERS = {
 def test_two_processes(name, material, tmp_path):
     command = [str(part).format(port=free_port()) for part in LAUNCHERS[name]]
     options = flags(material, output_dir="out")
+    if name == "deepspeed":
+        options += ["--deepspeed", str(ROOT / "configs/deepspeed/zero2.json")]
     environment = {"HF_HOME": str(tmp_path / "home"), "DS_ACCELERATOR": "cpu"}
     result = launch(*command, SCRIPTS / "unmodified.py", *options, cwd=tmp_path, **environment)
     ranks = reports(tmp_path / "out")
