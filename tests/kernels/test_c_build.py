@@ -124,10 +124,11 @@ def test_processes_at_once(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("CC", _script(tmp_path / "slow", slow))
     script = (
-        "import ctypes, pathlib, sys\nfrom hf_cwd.kernels import build\nbuild.HERE = pathlib.Path(sys.argv[1])\n"
+        "import ctypes, pathlib, sys\nsys.path.insert(0, sys.argv[1])\nimport build\n"
+        "build.HERE = pathlib.Path(sys.argv[2])\n"
         "print(build.library(), ctypes.CDLL(str(build.library())).cwd_level())"
     )
-    command = [sys.executable, "-c", script, str(build.HERE)]
+    command = [sys.executable, "-c", script, str(SOURCE), str(build.HERE)]
     ranks = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     results = {rank.communicate(timeout=300)[0] for rank in ranks}
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
