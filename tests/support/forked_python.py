@@ -18,7 +18,7 @@ def write(path: Path) -> Path:
 def main() -> int:
     from forking import DEEPSPEED, fork
 
-    command = [part for part in sys.argv[1:] if part != "-u"]
+    command = sys.argv[2:] if sys.argv[1] == "-u" else sys.argv[1:]
     process = fork(*command, cwd=os.getcwd(), modules=DEEPSPEED)
     output, errors = process.communicate()
     sys.stdout.write(output)

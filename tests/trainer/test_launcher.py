@@ -314,7 +314,7 @@ def test_code_runs_as_under_python(way, ending, tmp_path):
 
 LAUNCHERS = {
     # On a CPU, too: MULTI_CPU and --cpu start a single process, without a word.
-    # Started by us instead of starting us, as in tests/test_configs.py: what it starts knows the names as well.
+    # Started by us, what it starts knows the names as well; tests/test_configs.py has it start us.
     "accelerate": [
         *(*LAUNCHED, COMMANDS / "accelerate", "launch", "--main_process_port", 0),
         *("--multi_gpu", "--num_processes", 2),
