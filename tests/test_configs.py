@@ -3,11 +3,7 @@
 import json
 import lzma
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +13,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_cwd  # noqa: F401  registers the cwd_* names
 from hf_cwd.trainer.optim_args import optimizer_arguments
+from tests.support.forking import fork
+from tests.support.launching import ROOT, imports_are_no_garbage, launch
 from tests.support.tiny import tiny_llama
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["imports_are_no_garbage"]
+
 RECIPES = sorted((ROOT / "configs/recipes").iterdir())
 DEEPSPEED = sorted((ROOT / "configs/deepspeed").iterdir())
 # Sequences in a batch, steps, AdamW's learning rate, weight decay and eps, warm-up steps.
@@ -216,14 +215,6 @@ pathlib.Path(args.output_dir, f"rank-{args.process_index}").write_text(report)
 def test_accelerate_starts_as_many_processes_as_the_file_says(name, reports, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     flags = ["--optim", "cwd_lion", "--use_cpu", "--output_dir", str(tmp_path)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    done = subprocess.run(
-        [*launcher, f"configs/accelerate/{name}.yaml", "-m", "hf_cwd", str(tmp_path / "probe.py"), *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ("-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml", "-m", "hf_cwd")
+    launch(*command, tmp_path / "probe.py", *flags, cwd=ROOT, start=fork)  # which starts the processes itself
     assert [path.read_text() for path in sorted(tmp_path.glob("rank-*"))] == reports

@@ -4,6 +4,7 @@ Prints a line of JSON for each KERNEL:DEVICE[:capturable]: its name, whether all
 scripts/gpu_check, on machines without pytest.
 """
 
+import contextlib
 import importlib
 import json
 import sys
@@ -32,9 +33,10 @@ def main(asked: list[str]) -> None:
         kernel, device, *capturable = each.split(":")
         name = f"{kernel} on {device}{', capturable' if capturable else ''}"
         try:
-            ok, text = check(table, kernel, device, capturable=bool(capturable))
+            with contextlib.redirect_stdout(sys.stderr):  # what a compiler prints is no line of JSON
+                ok, text = check(table, kernel, device, capturable=bool(capturable))
         except Exception as error:  # the next one is looked at all the same
-            ok, text = False, f"{type(error).__name__}: {error}"
+            ok, text = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         print(json.dumps({"name": name, "ok": ok, "text": text}), flush=True)
 
 

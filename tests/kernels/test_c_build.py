@@ -17,8 +17,11 @@ from hf_cwd.kernels import build, c
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(build.__file__).parent
-# In place of the kernel, which takes a compiler several seconds: how it is built does not depend on what is in it.
-SMALL = {"cwd.c": '#include "cwd_loops.h"\nint cwd_level(void) { return LEVEL; }\n', "cwd_loops.h": "#define LEVEL 0\n"}
+# In place of the kernel's, which take seconds to compile: how the library comes to be does not depend on what is in it.
+SMALL = {
+    "cwd.c": '#include "cwd_loops.h"\nint cwd_level(void) { return LEVEL; }\n',
+    "cwd_loops.h": "#define LEVEL 1\n",
+}
 
 try:
     COMPILER = build.compiler()
@@ -33,10 +36,21 @@ def _caches(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "package").mkdir()
-    assert SMALL.keys() == set(build.SOURCES)
-    for source, text in SMALL.items():
-        (tmp_path / "package" / source).write_text(text)
+    _write_small(tmp_path / "package")
     monkeypatch.setattr(build, "HERE", tmp_path / "package")
+
+
+def _write_small(folder: Path) -> None:
+    assert SMALL.keys() == set(build.SOURCES)
+    for name, text in SMALL.items():
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def _own_sources():
+    """The kernel's."""
+    for source in build.SOURCES:
+        shutil.copy(SOURCE / source, build.HERE)
 
 
 def _script(path: Path, text: str) -> str:
@@ -94,6 +108,7 @@ def test_of_another_compiler_it_is_another_library(tmp_path, monkeypatch):
     assert _runs(after)
 
 
+@pytest.mark.usefixtures("_own_sources")
 def test_an_old_compiler_gets_only_the_flags_it_needs(tmp_path, monkeypatch):
     refusing = (
         f'case "$*" in *openmp*|*trapping*) echo "error: unknown flag" >&2; exit 1;; esac; exec {COMPILER[0]} "$@"'
@@ -102,13 +117,18 @@ def test_an_old_compiler_gets_only_the_flags_it_needs(tmp_path, monkeypatch):
     assert _runs(build.library())
 
 
-def test_processes_at_once(tmp_path):
+def test_processes_at_once(tmp_path, monkeypatch):
     """As ranks do on their first step; each sees all of the library or nothing."""
+    slow = (
+        f'[ "$*" = --version ] || sleep 1; exec {" ".join(COMPILER)} "$@"'  # so that none has it before another begins
+    )
+    monkeypatch.setenv("CC", _script(tmp_path / "slow", slow))
     script = (
-        "import ctypes, pathlib, sys\nfrom hf_cwd.kernels import build\nbuild.HERE = pathlib.Path(sys.argv[1])\n"
+        "import ctypes, pathlib, sys\nsys.path.insert(0, sys.argv[1])\nimport build\n"
+        "build.HERE = pathlib.Path(sys.argv[2])\n"
         "print(build.library(), ctypes.CDLL(str(build.library())).cwd_level())"
     )
-    command = [sys.executable, "-c", script, str(build.HERE)]
+    command = [sys.executable, "-c", script, str(SOURCE), str(build.HERE)]
     ranks = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     results = {rank.communicate(timeout=300)[0] for rank in ranks}
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
@@ -170,11 +190,11 @@ def test_a_library_that_cannot_be_loaded():
         c._load.cache_clear()
 
 
-def test_the_clones_use_the_vectors_of_their_level(monkeypatch):
+@pytest.mark.usefixtures("_own_sources")
+def test_the_clones_use_the_vectors_of_their_level():
     """A build whose AVX-512 clone has 256-bit vectors would be right, and slow."""
     if not shutil.which("objdump") or not build.WIDE:
         pytest.skip("no objdump, or not x86-64")
-    monkeypatch.setattr(build, "HERE", SOURCE)
     listing = subprocess.run(["objdump", "-d", str(build.library())], capture_output=True, text=True, check=True).stdout
     roots: dict[str, set[str]] = {"v3": set(), "v4": set(), "other": set()}
     for function, code in re.findall(r"^\w+ <([^>]+)>:\n((?:.+\n)+)", listing, re.MULTILINE):
@@ -187,11 +207,12 @@ def test_the_clones_use_the_vectors_of_their_level(monkeypatch):
 
 
 def _checkout(folder: Path) -> Path:
-    """What setup.py reads, without what lies in the working tree beside it."""
+    """What setup.py reads, without what lies in the working tree beside it, and with the small sources."""
     ignored = shutil.ignore_patterns("*.so.0", "__pycache__")
     shutil.copytree(ROOT / "hf_cwd", folder / "hf_cwd", ignore=ignored)
     for name in ("setup.py", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
+    _write_small(folder / "hf_cwd/kernels")
     return folder
 
 
@@ -205,10 +226,9 @@ def _setup(checkout: Path, *command: str, **environment: str) -> Path:
     return made
 
 
-def test_a_wheel_has_the_library_and_its_source(tmp_path, monkeypatch):
+def test_a_wheel_has_the_library_and_its_source(tmp_path):
     wheel = zipfile.ZipFile(_setup(_checkout(tmp_path / "checkout"), "bdist_wheel"))
     names = {Path(name).name for name in wheel.namelist() if name.startswith("hf_cwd/kernels/")}
-    monkeypatch.setattr(build, "HERE", SOURCE)
     assert names >= {*build.SOURCES, build.name()}
     wheel.extractall(tmp_path / "installed")
     assert _runs(tmp_path / "installed" / "hf_cwd" / "kernels" / build.name())
@@ -226,11 +246,10 @@ def test_a_source_distribution_has_the_source(tmp_path):
         assert {Path(name).name for name in archive.getnames()} >= set(build.SOURCES)
 
 
-def test_an_editable_install_has_the_library(tmp_path, monkeypatch):
+def test_an_editable_install_has_the_library(tmp_path):
     """What pip install -e does with an extension."""
     checkout = _checkout(tmp_path / "checkout")
     (checkout / "dist").mkdir()
     (checkout / "dist" / "here").touch()
     _setup(checkout, "build_ext", "--inplace")
-    monkeypatch.setattr(build, "HERE", SOURCE)
     assert _runs(checkout / "hf_cwd" / "kernels" / build.name())

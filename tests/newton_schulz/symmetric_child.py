@@ -24,18 +24,22 @@ class _Whole(type):
 
 interpreter.int = _Whole("int", (), {})
 
-CUTS = pytest.mark.parametrize(
-    ("tiles", "dtype"),
-    [
-        (Tiles(16, 16, 1, 4, 2), torch.float32),
-        (Tiles(32, 16, 2, 4, 2), torch.float16),
-        (Tiles(16, 32, 3, 4, 2), torch.float32),
-    ],
-    ids=["16x16", "32x16 half", "16x32"],
-)
+CUTS = [
+    (Tiles(16, 16, 1, 4, 2), torch.float32),
+    (Tiles(32, 16, 2, 4, 2), torch.float16),
+    (Tiles(16, 32, 3, 4, 2), torch.float32),
+]
 # One tile, exact multiples, edges in both dimensions, more rows than columns and fewer, a last group that is not full.
-SIZES = pytest.mark.parametrize("size", [(1, 16, 16), (2, 64, 32), (3, 33, 17), (1, 70, 130), (2, 97, 5), (1, 1, 1)])
+SIZES = [(1, 16, 16), (2, 64, 32), (3, 33, 17), (1, 70, 130), (2, 97, 5), (1, 1, 1)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+def combined(name, values):
+    """Sizes, cuts and three values of something else: each pair of these meets in a case, and not all three do."""
+    cases = [(s, c, (s + c) % 3) for s in range(len(SIZES)) for c in range(3)]
+    return pytest.mark.parametrize(
+        ("size", "tiles", "dtype", name), [(SIZES[s], *CUTS[c], values[v]) for s, c, v in cases]
+    )
 
 
 def numbers(*shape, dtype, seed=0):
@@ -57,9 +61,7 @@ def assert_product(found, expected, left, right, others=0.0):
     assert ((found.double() - expected).abs() <= bound).all()
 
 
-@SIZES
-@CUTS
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other column"])
+@combined("layout", ["contiguous", "transposed", "every other column"])
 def test_gram(size, tiles, dtype, layout):
     x = numbers(*size, dtype=dtype)
     if layout == "transposed":
@@ -72,10 +74,9 @@ def test_gram(size, tiles, dtype, layout):
     assert torch.equal(found, found.mT)
 
 
-@SIZES
-@CUTS
-@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (2.0315, -4.775), (-0.5, 3.4445)])
-def test_product(size, tiles, dtype, alpha, beta):
+@combined("factors", [(1.0, 0.0), (2.0315, -4.775), (-0.5, 3.4445)])
+def test_product(size, tiles, dtype, factors):
+    alpha, beta = factors
     a, b, d = commuting(*size[:2], dtype)
     expected = alpha * (a.double() @ b.double())
     # What is mirrored is the upper triangle of a product that rounding to dtype left only nearly symmetric.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.forking import fork
 from tests.support.launching import ROOT, launch
 
 REQUIREMENT = "bitsandbytes==0.50.2"
@@ -25,7 +26,7 @@ def found(tmp_path_factory):
     with zipfile.ZipFile(wheel) as package:
         package.extractall(folder / "site")
     path = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
-    launch("-m", "tests.optim.bitsandbytes_runs", folder, cwd=ROOT, PYTHONPATH=path)
+    launch("-m", "tests.optim.bitsandbytes_runs", folder, cwd=ROOT, PYTHONPATH=path, start=fork)
     return json.loads(Path(folder, "found.json").read_text())
 
 

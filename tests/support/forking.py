@@ -31,7 +31,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SESSION = "HF_CWD_TESTS"  # environment variable: directory of the session's servers, and the process that they end with
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-TRANSFORMERS = ("torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "accelerate", "datasets")
+TRANSFORMERS = (
+    *("torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "accelerate", "datasets"),
+    *("evaluate", "transformers.hf_argparser", "transformers.models.llama.modeling_llama"),
+)
 DEEPSPEED = (*TRANSFORMERS, "deepspeed")
 
 
@@ -135,7 +138,8 @@ def _connected(modules: tuple[str, ...]) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             command = [sys.executable, __file__, str(path), owner, *modules]
-            environment = os.environ | ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
+            # datasets and evaluate read HF_HOME when they are imported: what is forked has its caches in there.
+            environment = os.environ | ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "HF_HOME": f"{path}.home"}
             with open(f"{path}.log", "w") as log:  # it must not keep the pipe by which a worker of pytest-xdist ends
                 options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "process_group": 0}
                 server = subprocess.Popen(command, cwd=folder, env=environment, **options)

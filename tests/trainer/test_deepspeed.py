@@ -1,15 +1,19 @@
-"""DeepSpeed as people start it: configs/deepspeed as it is, three launchers, a script that knows nothing of it."""
+"""DeepSpeed as people start it: configs/deepspeed as it is, by a flag or a launcher, a script that knows nothing of it.
+
+Ranks are forked; test_launcher.py has launchers start them.
+"""
 
 import json
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from tests.support.forking import free_port
-from tests.support.launching import ROOT, finish, finish_all, flags, start, write_material
+from tests.support import forked_python
+from tests.support.forking import DEEPSPEED, fork, fork_ranks
+from tests.support.launching import ROOT, finish_all, flags, write_material
 
-COMMANDS = Path(sysconfig.get_path("scripts"))
+HF_CWD = ("-m", "hf_cwd")
+ACCELERATE = ("-m", "accelerate.commands.launch")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/deepspeed").glob("*.json"))
 RESUMED = ("zero2", "zero3_offload")
 STEPS, ACCUMULATION = 6, 2
@@ -88,9 +92,15 @@ def launched(tmp_path_factory):
         defaults |= {"gradient_accumulation_steps": ACCUMULATION, "optim_args": "nesterov=false,ns_dtype=float32"}
         return flags(folder, **(defaults | changes))
 
-    def by(launcher, first, *then):
-        environment = {"HF_HOME": str(folder / "home"), "DS_ACCELERATOR": "cpu", "THEN": json.dumps(then)}
-        return start(COMMANDS / launcher[0], *launcher[1:], script, *first, cwd=ROOT, **environment)
+    def ranks(first, *then):
+        options = {"modules": DEEPSPEED, "DS_ACCELERATOR": "cpu", "THEN": json.dumps(then)}
+        return fork_ranks(2, *HF_CWD, script, *first, cwd=ROOT, **options)
+
+    def accelerated(arguments):
+        file = ROOT / "configs/accelerate/zero3_offload.yaml"
+        command = (*ACCELERATE, "--config_file", file, "--main_process_port", 0, *HF_CWD, script, *arguments)
+        python = forked_python.write(folder / "python")
+        return fork(*command, cwd=ROOT, modules=DEEPSPEED, PYTHON_EXEC=str(python), DS_ACCELERATOR="cpu", THEN="[]")
 
     def resumed(name):
         checkpoint = folder / name / f"checkpoint-{STEPS // 2}"
@@ -105,23 +115,14 @@ def launched(tmp_path_factory):
         path.write_text(json.dumps(config))
         return run(f"offload at stage {stage}", deepspeed=path)
 
-    torchrun = ("torchrun", "--standalone", "--nproc_per_node", 2)
-    hf_cwd = ("-m", "hf_cwd")
-    file = ROOT / "configs/accelerate/zero3_offload.yaml"
-    accelerate = ("accelerate", "launch", "--config_file", file, "--main_process_port", 0)
     runs = {
         name: run(name, deepspeed=f"configs/deepspeed/{name}.json", save_steps=STEPS // 2, save_strategy="steps")
         for name in CONFIGS
     }
-    processes = [
-        # DDP first: once used, DeepSpeed stays switched on in a process, by Accelerate.
-        by((*torchrun, *hf_cwd), run("ddp"), *runs.values()),
-        by((*accelerate, *hf_cwd), run("accelerate", bf16="true")),
-    ]
+    # DDP first: once used, DeepSpeed stays switched on in a process, by Accelerate.
+    processes = [*ranks(run("ddp"), *runs.values()), accelerated(run("accelerate", bf16="true"))]
     results = finish_all(processes)
-    runs = [resumed("zero2"), *map(offloaded, (1, 2, 3)), resumed("zero3_offload")]
-    own = ("deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "hf_cwd")
-    results.append(finish(by(own, *runs)))
+    results += finish_all(ranks(resumed("zero2"), *map(offloaded, (1, 2, 3)), resumed("zero3_offload")))
     logs = [f"{result.args}\n{result.stdout}{result.stderr}" for result in results]
     for name, ranks in reports.items():
         ranks += [json.loads(path.read_text()) for path in sorted((folder / name).glob("rank-*.json"))]
@@ -162,7 +163,7 @@ def test_offload_keeps_the_optimizer_where_the_configuration_does_not_say_so(sta
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_equals_uninterrupted(name, launched):
-    """In other processes, of another launcher."""
+    """In other processes."""
     report, resumed = launched(name)[0], check(launched(f"{name} resumed"), name)
     assert (report["batches"], resumed["batches"]) == (STEPS * ACCUMULATION, STEPS // 2 * ACCUMULATION)
     assert (resumed["weights"], resumed["losses"]) == (report["weights"], report["losses"])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.support.forking import DEEPSPEED, fork_ranks
-from tests.support.launching import ROOT, finish_all, start
+from tests.support import forked_python
+from tests.support.forking import DEEPSPEED, fork, fork_ranks
+from tests.support.launching import ROOT, finish_all
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +13,9 @@ def launches(tmp_path_factory):
     """What two ranks, and one under DeepSpeed, wrote of each case; and how the first launch ended, by its last case."""
     folder = tmp_path_factory.mktemp("ranks")
     program = ["-m", "tests.trainer.guard_ranks", folder]
-    many = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *program, cwd=ROOT)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    python = forked_python.write(folder / "python")
+    many = fork(*torchrun, *program, cwd=ROOT, modules=DEEPSPEED, PYTHON_EXEC=str(python))
     many, one = finish_all([many, *fork_ranks(1, *program, "deepspeed", cwd=ROOT, modules=DEEPSPEED)])
     files = [folder / f"{rank}.pt" for rank in (0, 1, "deepspeed")]
     assert all(file.exists() for file in files), many.stderr + one.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import forked_python
 from tests.support.launching import ENVIRONMENT, ROOT, write_material
 from tests.support.tiny import tiny_llama
 
@@ -156,13 +157,18 @@ def run(command, folder, **environment):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment for scripts/dev/env.sh: this interpreter, which installs nothing."""
+    """A virtual environment for scripts/dev/env.sh: this interpreter, which installs nothing, nor says what is installed.
+
+    Accelerate's launcher and the ranks that it starts are forked.
+    """
     folder = tmp_path_factory.mktemp("environment")
+    (folder / "bin").mkdir()
+    forked = forked_python.write(folder / "bin/forked")
     python = folder / "bin/python"
-    python.parent.mkdir()
-    python.write_text(f'#!/usr/bin/env bash\n[[ "$1 $2" == "-m pip" ]] || exec "{sys.executable}" "$@"\n')
+    cases = f'"-m pip" | "-I -c") ;; "-m accelerate.commands.launch") exec "{forked}" "$@" ;;'
+    python.write_text(f'#!/usr/bin/env bash\ncase "$1 $2" in {cases} *) exec "{sys.executable}" "$@" ;; esac\n')
     python.chmod(0o755)
-    return {"VIRTUAL_ENV": str(folder), "HF_CWD_INSTALL": "yes"}
+    return {"VIRTUAL_ENV": str(folder), "HF_CWD_INSTALL": "yes", "PYTHON_EXEC": str(forked)}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +185,7 @@ def launched(tmp_path_factory, environment):
         flags = {**FLAGS, "per_device_train_batch_size": BATCH // PROCESSES[layout][1]}
         flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
         command = [ROOT / "scripts/launch_local", "--layout", layout, folder / "script.py", folder, output, *flags]
-        done = run(command, folder, HF_HOME=str(folder / "home"), **environment)
+        done = run(command, folder, **environment)
         # Not the exit status: about one launch in 50 aborts at the interpreter's exit, after correct results.
         reports = [json.loads(path.read_text()) for path in sorted(output.glob("rank-*.json"))]
         assert len(reports) == PROCESSES[layout][0], done.stdout + done.stderr

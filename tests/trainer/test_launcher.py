@@ -14,8 +14,8 @@ import torch
 
 import hf_cwd
 from hf_cwd import launcher
-from tests.support.forking import free_port
-from tests.support.launching import ROOT, Environment, finish, flags, launch, start, write_material
+from tests.support.forking import fork, fork_ranks, free_port
+from tests.support.launching import ROOT, Environment, finish, finish_all, flags, launch, start, write_material
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LAUNCHED = ("-m", "hf_cwd")
@@ -168,7 +168,11 @@ def test_one_process(material, tmp_path):
         "module": [*LAUNCHED, "-m", "package.module", *flags(material, output_dir="module")],
         "import": ["importing.py", *flags(material, output_dir="import")],
     }
-    started = {way: start(*command, cwd=tmp_path, HF_HOME=str(tmp_path / "home")) for way, command in ways.items()}
+    home = str(tmp_path / "home")
+    # A module, and a script that imports hf_cwd, meet transformers when it is imported already.
+    started = {
+        way: (start if way == "script" else fork)(*command, cwd=tmp_path, HF_HOME=home) for way, command in ways.items()
+    }
     losses = {}
     for way, process in started.items():
         result = finish(process)
@@ -308,12 +312,13 @@ def test_code_runs_as_under_python(way, ending, tmp_path):
     assert f"['{way}', '{ending}', '--flag=1']" in results[0][1]
 
 
-ACCELERATE = (COMMANDS / "accelerate", "launch", "--main_process_port", 0)
 LAUNCHERS = {
     # On a CPU, too: MULTI_CPU and --cpu start a single process, without a word.
-    # Started by us instead of starting us: what it starts knows the names as well.
-    "accelerate": [*LAUNCHED, *ACCELERATE, "--multi_gpu", "--num_processes", 2],
-    "accelerate's file": [*ACCELERATE, "--config_file", ROOT / "configs/accelerate/ddp.yaml", *LAUNCHED],
+    # Started by us, what it starts knows the names as well; tests/test_configs.py has it start us.
+    "accelerate": [
+        *(*LAUNCHED, COMMANDS / "accelerate", "launch", "--main_process_port", 0),
+        *("--multi_gpu", "--num_processes", 2),
+    ],
     "torchrun": [COMMANDS / "torchrun", "--standalone", "--nproc_per_node", 2, *LAUNCHED],
     "deepspeed": [COMMANDS / "deepspeed", "--num_gpus", 2, "--master_port", "{port}", "--module", "hf_cwd"],
 }
@@ -323,6 +328,8 @@ LAUNCHERS = {
 def test_two_processes(name, material, tmp_path):
     command = [str(part).format(port=free_port()) for part in LAUNCHERS[name]]
     options = flags(material, output_dir="out")
+    if name == "deepspeed":
+        options += ["--deepspeed", str(ROOT / "configs/deepspeed/zero2.json")]
     environment = {"HF_HOME": str(tmp_path / "home"), "DS_ACCELERATOR": "cpu"}
     result = launch(*command, SCRIPTS / "unmodified.py", *options, cwd=tmp_path, **environment)
     ranks = reports(tmp_path / "out")
@@ -337,18 +344,18 @@ def test_two_processes(name, material, tmp_path):
 def test_processes_that_would_train_apart_are_refused(material, tmp_path):
     """Without --use_cpu TrainingArguments answer world size 1 in each of two processes, and nobody says a word."""
     options = flags(material, output_dir="out", use_cpu="false")
-    result = finish(start(*LAUNCHERS["torchrun"], SCRIPTS / "unmodified.py", *options, cwd=tmp_path))
-    assert result.returncode != 0
-    assert "ValueError: 2 processes were started, but TrainingArguments have world_size=1" in result.stderr
+    for result in finish_all(fork_ranks(2, *LAUNCHED, SCRIPTS / "unmodified.py", *options, cwd=tmp_path)):
+        assert result.returncode != 0
+        assert "ValueError: 2 processes were started, but TrainingArguments have world_size=1" in result.stderr
     assert reports(tmp_path / "out") == []
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
     """Every rule under DDP on gloo, in fp64 so that the order of a sum cannot flip a sign."""
     script = SCRIPTS / "ddp.py"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(*torchrun, *LAUNCHED, script, tmp_path / "two", cwd=tmp_path)
-    launch(script, tmp_path / "one", cwd=tmp_path)
+    one = fork(script, tmp_path / "one", cwd=tmp_path)
+    for result in finish_all([one, *fork_ranks(2, *LAUNCHED, script, tmp_path / "two", cwd=tmp_path)]):
+        assert result.returncode == 0, result.stderr
     (one,) = [torch.load(path) for path in tmp_path.glob("one-*")]
     ranks = [torch.load(path) for path in sorted(tmp_path.glob("two-*"))]
     assert one["world_size"] == 1

@@ -76,8 +76,11 @@ def main():
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     trainer.train()
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # Accelerate wraps it, and DeepSpeed does
+        optimizer = optimizer.optimizer
     report = {
-        "optimizer": type(trainer.optimizer.optimizer).__name__,
+        "optimizer": type(optimizer).__name__,
         "world_size": arguments.world_size,
         "argv": sys.argv,
         "path0": sys.path[0],
