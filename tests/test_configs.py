@@ -14,10 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import hf_cwd  # noqa: F401  registers the cwd_* names
 from hf_cwd.trainer.optim_args import optimizer_arguments
 from tests.support.forking import fork
-from tests.support.launching import ROOT, imports_are_no_garbage, launch
+from tests.support.launching import ROOT, launch
 from tests.support.tiny import tiny_llama
-
-__all__ = ["imports_are_no_garbage"]
 
 RECIPES = sorted((ROOT / "configs/recipes").iterdir())
 DEEPSPEED = sorted((ROOT / "configs/deepspeed").iterdir())

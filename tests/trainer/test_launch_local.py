@@ -157,7 +157,7 @@ def run(command, folder, **environment):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment for scripts/dev/env.sh: this interpreter, which installs nothing, nor says what is installed.
+    """A virtual environment for scripts/dev/env.sh: this interpreter, which installs nothing, nor says what it has.
 
     Accelerate's launcher and the ranks that it starts are forked.
     """
