@@ -12,6 +12,7 @@ from hf_cwd.distributed.collectives import digest
 from hf_cwd.distributed.geometry import Mesh, Replicate, Shard, StridedShard, everywhere
 from hf_cwd.distributed.matrix_stage import Stage
 from hf_cwd.distributed.plan import Entry, holders, plan, sources
+from hf_cwd.distributed.schedule import Schedule
 from hf_cwd.newton_schulz.matrices import MatrixLayout
 from hf_cwd.rules import RULES
 from tests.distributed import brute
@@ -310,3 +311,13 @@ def test_equal_matrices_of_idle_ranks():
     experts = Mesh((2,), (0, 1), (Shard(0),))
     busy = plan([*on(experts, [(1, 16, 16)]), *on(fsdp(2), [(16, 16)])])
     assert [job.owner for job in busy.jobs] == [0, 1]
+
+
+def test_a_parameter_is_applied_once_its_last_matrix_has_come_back():
+    """Its four matrices travel in two rounds: it begins in the first, and ends in the second."""
+    (entry,) = on(Mesh((2,), (0, 1), (Shard(1),)), [(16, 4)], MatrixLayout(sizes=(4, 4, 4, 4)))
+    planned = plan([entry], exchange_bytes=1)
+    assert [job.round for job in planned.jobs] == [0, 0, 1, 1]
+    for rank in (0, 1):
+        schedule = Schedule(planned, rank, peers=(0, 1), local_sizes=[32], batch_bytes=0)
+        assert (schedule.begins, schedule.ends) == ([[0], []], [[], [0]])
