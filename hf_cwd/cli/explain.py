@@ -21,7 +21,7 @@ from hf_cwd.estimate.step_cost import step_cost
 from hf_cwd.routing.route import Route, Routing, route
 from hf_cwd.rules import COMMON, RULES, Rule
 from hf_cwd.rules.base import has_remainder, state_dtype
-from hf_cwd.trainer.optim_args import modules_by_flag, optimizer_arguments
+from hf_cwd.trainer.optim_args import naming_flags, optimizer_arguments
 from hf_cwd.trainer.optim_names import PREFIX, names
 
 # Tried in this order if a configuration does not name its model class.
@@ -173,9 +173,10 @@ def routed(model: nn.Module, rule: Rule, target_modules: str | None = None) -> R
         ValueError: see :func:`hf_cwd.route`; also if the rule needs matrices and the model has none.
     """
     if rule.companion is not None:
-        with modules_by_flag():
+        with naming_flags():
             routing = route(model, matrices=rule.name, others=rule.companion, target_modules=target_modules)
-        routing([{"params": [p for p in model.parameters() if p.requires_grad]}])  # refuses a model without a matrix
+            # Refuses a model without a matrix.
+            routing([{"params": [p for p in model.parameters() if p.requires_grad]}])
         return routing
     routes = []
     for name, p in model.named_parameters():

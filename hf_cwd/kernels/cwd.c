@@ -19,7 +19,7 @@ enum { F32, BF16, F16, MASTER }; /* MASTER: bf16 and an int16 remainder, which a
 #define FLUSH 64    /* blocks whose sums are kept in fp32, each element's place in a block for itself */
 #define COLUMNS 4   /* of sums: decayed elements, u^2, x^2, decayed x^2 */
 
-/* kernels/base.py has the meaning of each; the order is its own. */
+/* kernels/interface.py has the meaning of each; the order is its own. */
 typedef struct {
     float grad_scale, first_weight, first_far, second_weight, second_far, keep, take, root_scale, eps, direction_scale,
         opposed, aligned, neither, decays, rate, form;

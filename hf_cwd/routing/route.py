@@ -98,7 +98,7 @@ class Routing:
         if not first:
             raise ValueError(
                 f"{self._model_name} has no trainable matrix for {self._matrices}: all of its parameters are "
-                f"embeddings, heads, vectors or the like ({self._reasons()}). Use an element-wise rule such as AdamW"
+                f"embeddings, heads, vectors or the like ({self._reasons()}). Use CWDAdamW"
             )
         if self.unknown and collectives.rank() == 0:
             logger().warning(self._unknown_line())

@@ -10,7 +10,7 @@ from hf_cwd.routing.route import Routing, route
 from hf_cwd.rules import RULES, Rule
 from hf_cwd.trainer import deepspeed
 from hf_cwd.trainer.argument_checks import check_sharding, check_world
-from hf_cwd.trainer.optim_args import effective, modules_by_flag, of_groups, optimizer_arguments
+from hf_cwd.trainer.optim_args import effective, naming_flags, of_groups, optimizer_arguments
 from hf_cwd.trainer.optim_names import PREFIX, chosen
 
 CLASSES = {
@@ -41,10 +41,11 @@ def handler(ctx: Any) -> tuple[type[CWDOptimizer], dict[str, Any]]:
         from hf_cwd.trainer.model_lookup import model_of
 
         model = model_of(ctx.args, name) if ctx.model is None else ctx.model
-        with modules_by_flag():
-            routing = arguments["routing"] = route(
+        with naming_flags():
+            routing = route(
                 model, matrices=rule.name, others=rule.companion, target_modules=ctx.args.optim_target_modules
             )
+        arguments["routing"] = naming_flags()(routing)
     if ctx.args.should_log:
         arguments["announce"] = _announcement(rule, asked, routing)
     if rule.name in CLASSES:

@@ -40,12 +40,13 @@ class Option(NamedTuple):
 
 
 @contextlib.contextmanager
-def modules_by_flag() -> Iterator[None]:
-    """A context in which an error that names the argument ``target_modules`` names the Trainer's flag for it."""
+def naming_flags() -> Iterator[None]:
+    """A context in which errors of :mod:`hf_cwd.routing` name the Trainer's flags instead of arguments and classes."""
     try:
         yield
     except ValueError as error:
-        raise type(error)(re.sub(r"^(?=target_modules\b)", "--optim_", str(error))) from None
+        text = re.sub(r"^(?=target_modules\b)", "--optim_", str(error))
+        raise type(error)(re.sub(r"(?<=Use )CWDAdamW$", "--optim cwd_adamw", text)) from None
 
 
 def as_text(optim_args: Any) -> str | None:
@@ -163,10 +164,9 @@ def optimizer_arguments(args: Any) -> dict[str, Any]:
     if args.optim_target_modules is not None:
         if rule.companion is None:
             raise ValueError(f"--optim_target_modules has no effect on {name}, which takes any module: leave it out")
-        with modules_by_flag():
-            TargetModules(
-                args.optim_target_modules
-            )  # an invalid regular expression fails here, before a model is loaded
+        with naming_flags():
+            # An invalid regular expression fails here, before a model is loaded.
+            TargetModules(args.optim_target_modules)
     own = {"lr": values["learning_rate"], "weight_decay": values["weight_decay"]}
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     # A flag that is given its default value looks like one that is not given.

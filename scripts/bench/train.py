@@ -34,9 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-if (
-    __name__ == "__main__"
-):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+# Started as a file it finds its neighbours as scripts/*.py do, and the package of this checkout.
+if __name__ == "__main__":
     sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
 ROOT = Path(__file__).resolve().parents[2]

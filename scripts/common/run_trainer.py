@@ -21,7 +21,7 @@ from hf_cwd.checkpoint.storage import Storage
 from hf_cwd.trainer.optim_names import chosen, names
 from hf_cwd.trainer.resuming import chosen_checkpoint
 
-# Parts of hf_cwd that refuse in the words of flags.
+# Parts of hf_cwd whose errors are about what the caller gave.
 OURS = ("hf_cwd.trainer.", "hf_cwd.routing.", "hf_cwd.checkpoint.")
 METRIC = Path(__file__).parents[1] / "metrics/token_accuracy.py"
 

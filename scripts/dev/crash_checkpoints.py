@@ -22,9 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if (
-    __name__ == "__main__"
-):  # started as a file: finds its neighbours as scripts/*.py do, and the package of this checkout
+# Started as a file it finds its neighbours as scripts/*.py do, and the package of this checkout.
+if __name__ == "__main__":
     sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")

@@ -1,4 +1,4 @@
-"""Which layers lead out: models by hand, as other libraries and people write them, and models inside of others."""
+"""Output layers: of models by hand, as other libraries and people write them, and of models inside of others."""
 
 import itertools
 import logging

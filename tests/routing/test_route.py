@@ -141,7 +141,7 @@ def test_what_no_table_knows_goes_to_adamw_and_is_named(caplog):
 
 def test_where_nothing_but_the_unknown_is_left_muon_is_refused():
     model = nn.Sequential(Mixer(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"no trainable matrix for muon.*no rule knows Mixer\.mixing.*such as AdamW"):
+    with pytest.raises(ValueError, match=r"no trainable matrix for muon.*no rule knows Mixer\.mixing.*Use CWDAdamW$"):
         CWDMuon(model.parameters(), routing=route(model))
 
 
@@ -251,14 +251,16 @@ def test_a_subclass_s_decay_set_is_honoured(arguments):
 
 def test_no_matrix_is_an_error(arguments):
     model = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
-    with pytest.raises(ValueError, match=r"Sequential has no trainable matrix for muon.*1 x embedding.*such as AdamW"):
+    with pytest.raises(
+        ValueError, match=r"Sequential has no trainable matrix for muon.*1 x embedding.*Use --optim cwd_adamw$"
+    ):
         Trainer(model=model, args=arguments(optim="cwd_muon")).create_optimizer()
     model = tiny_llama()
     for name, p in model.named_parameters():
         p.requires_grad_(not name.endswith("proj.weight"))
     with pytest.raises(ValueError, match=r"no trainable matrix.*14 x frozen"):
         Trainer(model=model, args=arguments(optim="cwd_muon")).create_optimizer()
-    message = r"PeftModel has no trainable matrix for muon.*4 x vector \(one row or column\).*such as AdamW"
+    message = r"PeftModel has no trainable matrix for muon.*4 x vector \(one row or column\).*Use --optim cwd_adamw$"
     with pytest.raises(ValueError, match=message):
         Trainer(model=llama_with_lora(rank=1), args=arguments(optim="cwd_muon")).create_optimizer()
 
